@@ -1,0 +1,607 @@
+"""Train hallusr: one loop, for a CPU or one GPU.
+
+    python train.py                      procedural faces, no data or weights needed: minutes
+    python train.py --data FOLDER        any folder tree of images
+    python train.py --data celeba --root DIR
+
+Writes into --out: last.pt and best.pt (checkpoints), grid.png (look at it), log.csv, valid.csv.
+Stop it with Ctrl-C at any time; `python train.py --resume RUN/last.pt` goes on exactly.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from torchvision.datasets import CelebA
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+from torchvision.utils import save_image
+
+from hallusr import (LPIPS, Config, Discriminator, PerceptualLoss, build_generator, consistency,
+                     contact_sheet, discriminator_loss, diversity_loss, downscale, evaluate,
+                     from_uint8, generator_loss, gradient_loss, hallucination_loss, image_gradient,
+                     load_checkpoint, load_weights, project_onto_lr, pyramid, quantize, r1_penalty,
+                     read_photo, recommended, reconstruction_loss, require, save_checkpoint,
+                     scale_levels, summarize, to_levels)
+
+# ---- Faces ------------------------------------------------------------------------------------
+# Procedural, from a folder, or CelebA. All end as one uint8 tensor (N, 3, size, size): small images
+# decoded once and kept in memory cost the loop nothing.
+
+
+class SketchFaces(Dataset):
+    """Drawn faces whose mouth and glasses an 8x8 version hides: (3, size, size) uint8 each.
+
+    Face i is a function of (seed, i) alone; `attributes(i)` tells what was drawn.
+    """
+
+    def __init__(self, count: int, size: int = 64, seed: int = 0):
+        self.count, self.size, self.seed = count, size, seed
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return to_uint8(draw_face(self.attributes(i), self.size))
+
+    def attributes(self, i: int) -> dict:
+        """All that is random in face i. Colours are in [-1, 1], lengths in eighths of the side."""
+        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + i)
+
+        def between(low, high):
+            return low + (high - low) * torch.rand((), generator=rng).item()
+
+        def colour(*options):
+            chosen = options[torch.randint(len(options), (), generator=rng)]
+            return [channel + between(-0.08, 0.08) for channel in chosen]
+
+        return dict(
+            background=[between(-0.6, 0.6) for _ in range(3)],
+            skin=colour((0.4, 0.2, 0), (0.3, 0, -0.15), (0.1, -0.2, -0.4), (-0.2, -0.4, -0.5)),
+            hair=colour((-0.7, -0.75, -0.8), (-0.3, -0.55, -0.7), (0.4, 0.15, -0.4), (0, 0, 0)),
+            iris=colour((-0.5, -0.2, 0.3), (-0.6, -0.7, -0.8), (-0.4, 0.1, -0.4)),
+            width=between(2.3, 2.9), hair_top=between(0.7, 1.5), hair_bottom=between(2.5, 7.5),
+            mouth_width=between(0.8, 1.2), lips=between(0.1, 0.4),
+            smiling=between(0, 1) < 0.5, glasses=between(0, 1) < 0.5)
+
+
+def draw_face(attributes: dict, size: int = 64) -> torch.Tensor:
+    """A face sketch, antialiased: (3, size, size) in [-1, 1], a pure function of its attributes.
+
+    Shrunk to 8x8 (or less), faces that differ only in `smiling` and `glasses` are equal: a frown is
+    the smile upside down inside one row of blocks, and the glasses' lenses shine by just as much
+    as their frame darkens, block by block.
+    """
+    a = attributes
+    axis = (torch.arange(size) + 0.5) * 8 / size
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    pixel = 8 / size
+
+    def cover(distance):  # signed distance, negative inside -> share of the pixel that is inside
+        return (0.5 - distance / pixel).clamp(0, 1)
+
+    def ellipse(cx, cy, rx, ry):
+        return cover((torch.hypot((x - cx) / rx, (y - cy) / ry) - 1) * min(rx, ry))
+
+    def paint(image, colour, mask):
+        return image + mask * (torch.tensor(colour).view(3, 1, 1) - image)
+
+    shade = [channel - 0.25 for channel in a["skin"]]
+    image = torch.tensor(a["background"]).view(3, 1, 1).expand(3, size, size)
+    image = paint(image, a["hair"], ellipse(4, 3.6, a["width"] + 0.5, 3.6 - a["hair_top"] + 0.7))
+    falls = cover(torch.maximum((x - 4).abs() - a["width"] - 0.4, y - a["hair_bottom"]))
+    image = paint(image, a["hair"], falls * (y > 3.6))
+    image = paint(image, shade, cover(torch.maximum((x - 4).abs() - 1.0, 6 - y)))     # the neck
+    image = paint(image, a["skin"], ellipse(4, 4.2, a["width"], 3.2))
+    image = paint(image, a["hair"], ellipse(4, 4.2, a["width"], 3.2) * cover(y - a["hair_top"] - 1))
+    image = paint(image, shade, ellipse(4, 4.5, 0.22, 0.3))                           # the nose
+    for cx in (2.5, 5.5):
+        image = paint(image, (0.5, 0.5, 0.5), ellipse(cx, 3.5, 0.36, 0.24))
+        image = paint(image, a["iris"], ellipse(cx, 3.5, 0.18, 0.18))
+    u = (x - 4) / a["mouth_width"]
+    bend = 0.5 * (0.5 - u.square()) * (1 if a["smiling"] else -1)
+    lip = torch.maximum((y - 5.5 - bend).abs() - 0.13, (u.abs() - 1) * a["mouth_width"])
+    image = paint(image, (a["lips"], -0.5, -0.45), cover(lip))
+    return with_glasses(image, x, y, cover) if a["glasses"] else image
+
+
+def with_glasses(image, x, y, cover):
+    """Two dark rounded frames and a bridge, lightened inside until every block's mean is back."""
+    lens = [torch.maximum((x - cx).abs(), (y - 3.5).abs()) for cx in (2.5, 5.5)]
+    frame = sum(cover((d - 0.43).abs() - 0.05) for d in lens)
+    bridge = cover(torch.maximum((y - 3.4).abs() - 0.07, (x - 4).abs() - 1.0))
+    dark = torch.full_like(image, -0.6)
+    framed = image + (frame + bridge).clamp(max=1) * (dark - image)
+    return project_onto_lr(framed[None], downscale(image[None], image.shape[-1] // 8))[0]
+
+
+def to_uint8(image: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to 8-bit values."""
+    return to_levels(image).to(torch.uint8)
+
+
+def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and validation faces, uint8 (N, 3, size, size); no face is in both."""
+    if arguments.data == "sketches":
+        train = SketchFaces(arguments.sketches, config.size, seed=0)
+        valid = SketchFaces(arguments.val_faces, config.size, seed=1)
+    elif arguments.data == "celeba":
+        train, valid = (celeba(arguments.root, split, config.size) for split in ("train", "valid"))
+    elif arguments.val:
+        train, valid = (FolderFaces(folder, config.size)
+                        for folder in (arguments.data, arguments.val))
+    else:  # every 20th photo is kept away from training
+        faces = stack(FolderFaces(arguments.data, config.size))
+        held_out = torch.arange(len(faces)) % 20 == 0
+        return faces[~held_out], faces[held_out]
+    return stack(train), stack(valid)
+
+
+def stack(dataset: Dataset) -> torch.Tensor:
+    """The whole dataset as one tensor. CelebA's items are (image, label) pairs."""
+    items = (dataset[i] for i in range(len(dataset)))
+    return torch.stack([item[0] if isinstance(item, tuple) else item for item in items])
+
+
+class FolderFaces(Dataset):
+    """Every image below a folder, centre-cropped and resized: (3, size, size) uint8 each.
+
+    Raises FileNotFoundError for a missing folder or one without at least two images.
+    """
+
+    def __init__(self, folder: str | Path, size: int):
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"no folder {folder}")
+        self.paths = sorted(path for path in Path(folder).rglob("*")
+                            if path.suffix.lower() in IMG_EXTENSIONS)
+        self.size = size
+        if len(self.paths) < 2:
+            raise FileNotFoundError(f"expected at least 2 images ({' '.join(IMG_EXTENSIONS)}) "
+                                    f"below {folder}, found {len(self.paths)}")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return read_photo(self.paths[i], self.size)
+
+
+def celeba(root: str, split: str, size: int) -> Dataset:
+    """torchvision's CelebA with its official split. Raises FileNotFoundError where it is not."""
+    square = v2.Compose([v2.PILToTensor(), v2.CenterCrop(178),
+                         v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True)])
+    try:
+        return CelebA(root, split, target_type=[], transform=square)
+    except RuntimeError as error:
+        raise FileNotFoundError(f"no CelebA below {root}: expected {root}/celeba with "
+                                "img_align_celeba/ and its list_*.txt files") from error
+
+
+def batch_at(faces: torch.Tensor, config: Config, step: int, device) -> tuple:
+    """The faces and noise of one step: hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim).
+
+    A function of (seed, step) alone, so that a resumed run sees what an unbroken one would.
+    """
+    rng = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    chosen = torch.randint(len(faces), (config.batch,), generator=rng)
+    mirrored = torch.rand(config.batch, generator=rng) < 0.5
+    z1, z2 = torch.randn(2, config.batch, config.z_dim, generator=rng)
+    hr = faces[chosen]
+    hr[mirrored] = hr[mirrored].flip(-1)
+    hr = from_uint8(hr.to(device, non_blocking=True))
+    return (hr, z1.to(device, non_blocking=True), z2.to(device, non_blocking=True))
+
+
+# ---- The networks and their state ---------------------------------------------------------------
+
+
+class Networks:
+    """G, its running average, D_I, D_g and the two optimisers: all that a checkpoint holds."""
+
+    def __init__(self, config: Config, device):
+        torch.manual_seed(config.seed)
+        shape = (config.widths, config.scale, config.blocks)
+        self.G = build_generator(config)
+        self.ema = copy.deepcopy(self.G).requires_grad_(False)
+        self.D_I = Discriminator(*shape, condition_channels=3)
+        self.D_g = Discriminator(*shape)
+        self.D = torch.nn.ModuleList([self.D_I, self.D_g])
+        for module in (self.G, self.ema, self.D):  # the layout in which convolutions are fastest
+            module.to(device, memory_format=torch.channels_last)
+        betas = (0.0, 0.9)  # section 4.1: no momentum, with which two players overshoot
+        self.opt_G = torch.optim.Adam(self.G.parameters(), config.lr_g, betas)
+        self.opt_D = torch.optim.Adam(self.D.parameters(), config.lr_d, betas)
+
+    def state(self) -> dict:
+        """State dicts of all but the running average, which the checkpoint has as `generator`."""
+        return {name: getattr(self, name).state_dict() for name in ("G", "D", "opt_G", "opt_D")}
+
+    def load(self, content: dict, path):
+        """Take up a checkpoint. Learning rates stay those of the settings, not of the file."""
+        load_weights(self.ema, content["generator"], path)
+        load_weights(self.G, content["G"], path)
+        load_weights(self.D, content["D"], path)
+        for name in ("opt_G", "opt_D"):
+            optimizer = getattr(self, name)
+            rate = optimizer.defaults["lr"]
+            optimizer.load_state_dict(content[name])
+            optimizer.param_groups[0]["lr"] = rate
+
+    @torch.no_grad()
+    def update_ema(self, decay: float, step: int):
+        """Follow G; faster in the first steps, to forget the poor first weights."""
+        decay = min(decay, (1 + step) / (10 + step))
+        for average, current in zip(self.ema.parameters(), self.G.parameters()):
+            average.lerp_(current, 1 - decay)
+
+
+# ---- Training -----------------------------------------------------------------------------------
+
+
+def train(config: Config, arguments, faces, valid):
+    """Train until config.steps or Ctrl-C. Logs, pictures and checkpoints go to arguments.out."""
+    device, levels, B = arguments.device, scale_levels(config.scale), config.batch
+    nets = Networks(config, device)
+    start = resume(nets, arguments)
+    G, D_I, D_g = (compiled(net, arguments) for net in (nets.G, nets.D_I, nets.D_g))
+    perceptual = make_perceptual(config).to(device)
+    report = Report(config, arguments, nets, valid, start)
+    amp = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=arguments.amp)
+
+    for step in range(start, config.steps):
+        hr, z1, z2 = batch_at(faces, config, step, device)
+        lr = quantize(downscale(hr, config.scale))
+        real_I = pyramid(hr, levels)
+        real_g = [image_gradient(image) for image in real_I]
+        zero = torch.zeros_like(lr)
+
+        # G once, three versions of every face: (1) the reconstruction at z = 0, (2) at z1 and z2.
+        with amp:
+            all_I, all_g = G(lr.repeat(3, 1, 1, 1), torch.cat([torch.zeros_like(z1), z1, z2]))
+        sr, h1, h2 = all_I[-1].chunk(3)
+        g_sr, g1, g2 = all_g[-1].chunk(3)
+        fake_I, fake_g = first(2 * B, all_I), first(2 * B, all_g)  # SR and z1: z2 is for (8) alone
+        excess = consistency(fake_I[-1], lr.repeat(2, 1, 1, 1), config.eps, config.scale)  # F
+
+        # D step: minimise -log D(real) - log(1 - D(fake)) for D_I and D_g, with R1 now and then.
+        with amp:
+            both_I = D_I(join(real_I, fake_I), torch.cat([zero, excess.detach()])).float()
+            both_g = D_g(join(real_g, fake_g)).float()
+        D_loss = (discriminator_loss(both_I[:B], both_I[B:])
+                  + discriminator_loss(both_g[:B], both_g[B:]))
+        r1 = torch.zeros((), device=device)
+        if step % config.r1_every == 0:  # seldom, but then with the weight of all steps (D7)
+            r1 = config.r1_every * (r1_of(nets.D_I, real_I, zero) + r1_of(nets.D_g, real_g))
+        nets.opt_D.zero_grad()
+        (D_loss + config.r1_gamma / 2 * r1).backward()
+        nets.opt_D.step()
+
+        # G step: minimise (10) for z = 0 plus (11) for z1, z2, against the D just improved.
+        nets.D.requires_grad_(False)  # G's gradient passes through D without stopping there
+        with amp:
+            l_percp = perceptual(sr, hr)
+            sr_I, h_I = D_I(fake_I, excess).float().chunk(2)
+            sr_g, h_g = D_g(fake_g).float().chunk(2)
+        l_grad = gradient_loss(g_sr, real_g[-1])
+        l_z = diversity_loss(g1, g2, z1, z2, config.tau)
+        recons = reconstruction_loss(l_percp, l_grad, generator_loss(sr_g), generator_loss(sr_I),
+                                     config.gamma, config.beta)
+        halluc = hallucination_loss(generator_loss(h_g), generator_loss(h_I), l_z, config.alpha)
+        tie = gradient_loss(all_g[-1], image_gradient(all_I[-1]))  # D10
+        nets.opt_G.zero_grad()
+        (recons + halluc + config.tie * tie).backward()
+        nets.opt_G.step()
+        nets.D.requires_grad_(True)
+        nets.update_ema(config.ema, step)
+
+        report.add(D_I_real=both_I[:B], D_I_fake=both_I[B:], D_g_real=both_g[:B],
+                   D_g_fake=both_g[B:], R1=r1, L_percp=l_percp, L_grad=l_grad, L_z=l_z, tie=tie,
+                   F=excess, diversity=(h1 - h2).abs() * 127.5)
+        if report.after(step + 1):
+            break
+    report.goodbye()
+
+
+def first(count: int, images: list) -> list:
+    """The first `count` of the batch, at every scale."""
+    return [image[:count] for image in images]
+
+
+def join(real: list, fake: list) -> list:
+    """Real, then fake images at every scale in one batch for D; nothing here flows back to G."""
+    return [torch.cat([r, f.detach()]) for r, f in zip(real, fake)]
+
+
+def r1_of(D, images: list, condition=None) -> torch.Tensor:
+    """R1 of one discriminator at real images, in float32: two derivatives need the digits."""
+    images = [image.detach().requires_grad_() for image in images]
+    return r1_penalty(D(images, condition), images)
+
+
+def make_perceptual(config: Config) -> torch.nn.Module:
+    """(6), or L1 on pixels where the settings say so (D12)."""
+    pixels = config.perceptual == "pixels"
+    return torch.nn.L1Loss() if pixels else PerceptualLoss(config.perceptual)
+
+
+def compiled(net, arguments):
+    return torch.compile(net) if arguments.compile else net
+
+
+def resume(nets: Networks, arguments) -> int:
+    """Load --resume, if given; return the step to go on with."""
+    if not arguments.resume:
+        return 0
+    content = load_checkpoint(arguments.resume, arguments.device)[1]
+    require("opt_G" in content, f"{arguments.resume} holds a generator alone: it can be sampled, "
+                                "but training cannot go on from it")
+    nets.load(content, arguments.resume)
+    return content["step"]
+
+
+# ---- Reporting: one line and one CSV row per interval, validation, pictures, checkpoints --------
+
+
+class Table:
+    """A CSV file that grows by rows; a resumed run drops what the lost steps had written."""
+
+    def __init__(self, path: Path, start: int):
+        self.path, self.rows = path, []
+        if start and path.is_file():
+            with path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+
+    def write(self, row: dict):
+        self.rows.append(row)
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+class Report:
+    """All that happens beside the loop. It reads the device only when a line is due."""
+
+    def __init__(self, config: Config, arguments, nets: Networks, valid, start: int):
+        self.config, self.arguments, self.nets, self.start = config, arguments, nets, start
+        self.out = Path(arguments.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log_table = Table(self.out / "log.csv", start)
+        self.valid_table = Table(self.out / "valid.csv", start)
+        self.valid = from_uint8(valid[:arguments.val_faces]).to(arguments.device)
+        self.lpips = LPIPS().to(arguments.device) if LPIPS.at_hand() else None
+        self.sums, self.count, self.stop = {}, 0, False
+        self.began = self.since = time.time()
+        signal.signal(signal.SIGINT, self.interrupt)
+
+    def interrupt(self, *_):
+        """The first Ctrl-C lets the step end, so that a whole one is saved; the second kills."""
+        self.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def add(self, **values):
+        """Collect tensors of one step; each is logged as its mean over the interval."""
+        self.count += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().mean()
+
+    def after(self, step: int) -> bool:
+        """Whatever is due after this many steps. True when the loop is to end."""
+        arguments, last = self.arguments, self.stop or step == self.config.steps
+        if sys.stdout.isatty():
+            print(f"\r{step}/{self.config.steps}  {self.eta(step)} left ", end="", flush=True)
+        if last or step % arguments.log_every == 0:
+            self.log(step)
+        if not self.stop and (last or step % arguments.val_every == 0):
+            self.validate(step)
+        if last or step % arguments.val_every == 0:
+            self.save("last.pt", step)
+        return self.stop
+
+    def eta(self, step: int) -> str:
+        """Time left at the pace since the start."""
+        seconds = (time.time() - self.began) / (step - self.start) * (self.config.steps - step)
+        return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
+
+    def log(self, step: int):
+        """One line and one CSV row. Raises FloatingPointError, naming the term, at NaN or Inf."""
+        means = {name: (total / self.count).item() for name, total in self.sums.items()}
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} became {value} before step {step}; nothing was "
+                                         f"overwritten, the last checkpoint is in {self.out}")
+        pace = self.count * self.config.batch / (time.time() - self.since)
+        text = "  ".join(f"{name} {value:.3g}" for name, value in means.items())
+        print(f"{clear_line()}step {step}  {pace:.1f} images/s  eta {self.eta(step)}  {text}",
+              flush=True)
+        self.log_table.write({"step": step, "images_per_s": pace} | means)
+        self.sums, self.count, self.since = {}, 0, time.time()
+
+    def validate(self, step: int):
+        """Score the running average on the validation faces, draw the grid, keep the best."""
+        began, nets, arguments = time.time(), self.nets, self.arguments
+        rows = summarize(evaluate(nets.ema, self.valid, 4, self.lpips))
+        for name, row in rows.items():
+            print(f"  {name:13}  " + "  ".join(f"{key} {row[key]:.3f}" for key in row), flush=True)
+        self.valid_table.write({"step": step} | {
+            f"{name}_{key}": value for name, row in rows.items() for key, value in row.items()})
+        z = torch.randn(6, self.config.z_dim, generator=torch.Generator().manual_seed(0))
+        hr = self.valid[:6]
+        lr = quantize(downscale(hr, self.config.scale))
+        save_image(contact_sheet(nets.ema, lr, z.to(arguments.device), hr), self.out / "grid.png")
+        if self.is_best():
+            self.save("best.pt", step)
+        self.began += time.time() - began
+        self.since += time.time() - began
+
+    def is_best(self) -> bool:
+        """Is the last row of valid.csv the best one, by SR's LPIPS, or by PSNR where there is none?
+        """
+        name, sign = ("SR_lpips", -1) if self.lpips else ("SR_psnr", 1)
+        scores = [sign * float(row[name]) for row in self.valid_table.rows if name in row]
+        return scores[-1] == max(scores)
+
+    def goodbye(self):
+        """The last words: how to go on, or what came of it."""
+        if self.stop:
+            print(f"{clear_line()}stopped and saved; go on with\n  python train.py --data "
+                  f"{self.arguments.data} --resume {self.out / 'last.pt'}")
+        else:
+            print(f"{clear_line()}done: look at {self.out / 'grid.png'}, sample with\n  "
+                  f"python sample.py PHOTO --checkpoint {self.out / 'last.pt'}")
+        if self.arguments.data == "sketches":
+            report_hidden(self.nets.ema, self.config, self.arguments.device)
+
+    def save(self, name: str, step: int):
+        """Write a checkpoint from which --resume goes on."""
+        save_checkpoint(self.out / name, self.config, self.nets.ema, **self.nets.state(),
+                        step=step, data=str(self.arguments.data))
+
+
+def clear_line() -> str:
+    """What wipes the live progress line, on a terminal."""
+    return "\r\033[K" if sys.stdout.isatty() else ""
+
+
+def report_hidden(generator, config: Config, device, faces: int = 100, samples: int = 10):
+    """For drawn faces, what LR hides is known: do the hallucinations show all of it, or one answer?
+
+    Each hallucination is named after the nearest of the four faces with this LR: smile or frown,
+    glasses or none. Prints how often each came, and how many of the four a face got.
+    """
+    drawn, variants = SketchFaces(faces, config.size, seed=1), []
+    for smiling in (True, False):
+        for glasses in (True, False):
+            options = [drawn.attributes(i) | dict(smiling=smiling, glasses=glasses)
+                       for i in range(faces)]
+            variants.append(torch.stack([draw_face(a, config.size) for a in options]))
+    variants = torch.stack(variants).to(device)                    # (4, faces, 3, H, W)
+    lr = quantize(downscale(variants[0], config.scale))
+    rng = torch.Generator().manual_seed(0)
+    latents = torch.randn(samples, faces, config.z_dim, generator=rng).to(device)
+    with torch.no_grad():
+        images = torch.stack([generator.sample(lr, z) for z in latents])
+    nearest = (images[:, None] - variants).square().mean((3, 4, 5)).argmin(1)  # (samples, faces)
+    found = sum((nearest == kind).any(0).float().mean().item() for kind in range(4))
+    print(f"hidden in LR, seen in {samples} hallucinations of {faces} faces: smiles "
+          f"{(nearest < 2).float().mean():.0%} (drawn: 50%), glasses "
+          f"{(nearest % 2 == 0).float().mean():.0%} (drawn: 50%), "
+          f"{found:.1f} of the 4 possible faces each")
+
+
+# ---- Command line -------------------------------------------------------------------------------
+
+
+def sketch_settings() -> dict:
+    """A small network for a first look without data or weights: minutes on two CPU cores."""
+    return dict(widths=(64, 48, 32, 16), blocks=4, perceptual="pixels", steps=1000)
+
+
+def parse_arguments(arguments=None):
+    """One flag per field of Config, left out of the namespace unless given, and the run's own."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    run = parser.add_argument_group("the run")
+    run.add_argument("--data", default="sketches", metavar="sketches|celeba|FOLDER",
+                     help="training faces; sketches are drawn here and now (default)")
+    run.add_argument("--val", metavar="FOLDER", help="validation faces of a folder run; "
+                     "without it every 20th image is held out")
+    run.add_argument("--sketches", type=int, default=4000, metavar="N",
+                     help="how many training faces to draw (default: %(default)s)")
+    run.add_argument("--root", default="data", help="where celeba/ lies (default: %(default)s)")
+    run.add_argument("--out", help="where results go (default: runs/DATA, or the resumed run's)")
+    run.add_argument("--resume", metavar="CHECKPOINT", help="go on from this last.pt")
+    run.add_argument("--preset", choices=("recommended", "paper"), default="recommended",
+                     help="paper: as printed; recommended: with D9 to D11 (default)")
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run.add_argument("--amp", action=argparse.BooleanOptionalAction,
+                     help="bfloat16 autocast (default: where the device computes in it)")
+    run.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    run.add_argument("--log-every", type=int, default=50, metavar="STEPS")
+    run.add_argument("--val-every", type=int, default=500, metavar="STEPS",
+                     help="validation, grid and checkpoint (default: %(default)s)")
+    run.add_argument("--val-faces", type=int, default=128, metavar="N",
+                     help="validate on the first N validation faces (default: %(default)s)")
+    method = parser.add_argument_group("the method (defaults: the paper's; presets change some)")
+    for item in fields(Config):
+        flag, text = "--" + item.name.replace("_", "-"), f"{item.metadata['help']}: {item.default}"
+        if isinstance(item.default, bool):
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(item.default, tuple):
+            how = dict(type=lambda words: tuple(int(word) for word in words.split(",")),
+                       metavar="N,N,...")
+        else:
+            how = dict(type=type(item.default), metavar=type(item.default).__name__.upper())
+        method.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+    return parser.parse_args(arguments)
+
+
+def settings_of(arguments) -> Config:
+    """Preset (or the resumed run's settings), then what --data brings, then the flags given."""
+    if arguments.resume:
+        config = load_checkpoint(arguments.resume)[0]
+    else:
+        config = Config()
+        if arguments.preset == "recommended":
+            config = replace(config, **recommended())
+        if arguments.data == "sketches":
+            config = replace(config, **sketch_settings())
+    names = {item.name for item in fields(Config)}
+    return replace(config, **{k: v for k, v in vars(arguments).items() if k in names})
+
+
+def deviations(config: Config) -> list[str]:
+    """Which of the optional deviations D9 to D12 these settings turn on."""
+    rates = (config.lr_g, config.lr_d) != (Config().lr_g, Config().lr_d)
+    on = {"D9 hard consistency": config.hard_consistency, f"D10 tie {config.tie:g}": config.tie,
+          f"D11 learning rates {config.lr_g:g}, {config.lr_d:g}": rates,
+          "D12 L1 on pixels for (6)": config.perceptual == "pixels"}
+    return [name for name, active in on.items() if active]
+
+
+def prepare(arguments):
+    """Fill in what depends on the machine and on other flags."""
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    require(arguments.device == "cpu" or torch.cuda.is_available(),
+            "--device cuda: torch finds no CUDA GPU here")
+    if arguments.amp is None:
+        arguments.amp = has_bfloat16(arguments.device)
+    if arguments.out is None:
+        resumed = Path(arguments.resume).parent if arguments.resume else None
+        arguments.out = resumed or Path("runs") / Path(arguments.data).name
+
+
+def has_bfloat16(device: str) -> bool:
+    """Does the device multiply in bfloat16 itself? Emulated, it would be slower than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = getattr(torch.cpu, "get_capabilities", dict)()  # absent before torch 2.11: say no
+    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+
+
+def main(arguments=None):
+    arguments = parse_arguments(arguments)
+    config = settings_of(arguments)
+    prepare(arguments)
+    faces, valid = load_faces(arguments, config)
+    print(f"{len(faces)} faces of {config.size}x{config.size} to train on, {len(valid)} to validate"
+          f" on; {arguments.device}, {'bfloat16' if arguments.amp else 'float32'}")
+    print(f"deviations beside D1-D8: {', '.join(deviations(config)) or 'none'}")
+    print(", ".join(f"{name} {value}" for name, value in asdict(config).items()), flush=True)
+    train(config, arguments, faces, valid)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"train.py: {error}")
