@@ -62,7 +62,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.io import ImageReadMode, decode_image
+from PIL import Image, ImageOps
 from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
@@ -106,9 +106,7 @@ class Config:
     seed: int = setting(0, "ours", "seed of weights, batches and noise")
 
     def __post_init__(self):
-        levels = scale_levels(self.scale)
-        require(len(self.widths) == levels + 1,
-                f"widths needs {levels + 1} numbers for scale {self.scale}, got {self.widths}")
+        check_architecture(self.widths, self.scale, self.blocks)
         require(self.size > 0 and self.size % self.scale == 0,
                 f"size must be a positive multiple of scale {self.scale}, got {self.size}")
         for name in ("batch", "r1_every", "tau", "lr_g", "lr_d"):
@@ -426,15 +424,12 @@ class Discriminator(nn.Module):
             require_images(image)
             features = block(image, features)                              # (N, C, H/2, W/2)
         if self.condition_channels:
-            self.check_condition(condition, features)
+            expected = (len(features), self.condition_channels, *features.shape[-2:])
+            found = None if condition is None else tuple(condition.shape)
+            require(found == expected, f"condition must have shape {expected}, got {found}")
             features = torch.cat([features, condition], 1)                 # (N, C0 + 3, h, w)
         features = activation(self.head(features))                         # (N, C0, h, w)
         return self.to_logits(self.trunk(features))                        # (N, 1, h, w)
-
-    def check_condition(self, condition, features):
-        expected = (len(features), self.condition_channels, *features.shape[-2:])
-        found = None if condition is None else tuple(condition.shape)
-        require(found == expected, f"condition must have shape {expected}, got {found}")
 
 
 def check_architecture(widths: tuple, scale: int, blocks: int):
@@ -687,6 +682,7 @@ class LPIPS(nn.Module):
         """Weighted squared difference at each of the five layers: (N, 1, H_l, W_l)."""
         require_same(a, b, "a and b")
         require_images(a)
+        require(min(a.shape[-2:]) >= 31, f"AlexNet needs sides of 31, got {tuple(a.shape[-2:])}")
         pairs = zip(self.unit_features(a), self.unit_features(b))
         return [F.conv2d((x - y).square(), getattr(self, f"weight{i}"))
                 for i, (x, y) in enumerate(pairs)]
@@ -825,13 +821,15 @@ def read_photo(path: str | Path, size: int) -> torch.Tensor:
 
 
 def read_image(path: str | Path) -> torch.Tensor:
-    """Any image file as uint8 RGB (3, H, W). Raises ValueError, naming the file, when it is none.
+    """Any image file, upright, as uint8 RGB (3, H, W).
+
+    Raises ValueError, naming the file, when it can not be read. Pillow comes with torchvision.
     """
     try:
-        return decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as an image: {reason}") from error
+        with Image.open(path) as image:
+            return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def from_uint8(image: torch.Tensor) -> torch.Tensor:

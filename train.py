@@ -378,7 +378,7 @@ class Report:
         self.log_table = Table(self.out / "log.csv", start)
         self.valid_table = Table(self.out / "valid.csv", start)
         self.valid = from_uint8(valid[:arguments.val_faces]).to(arguments.device)
-        self.lpips = LPIPS().to(arguments.device) if LPIPS.at_hand() else None
+        self.lpips = find_lpips(config, arguments.device)
         self.sums, self.count, self.stop = {}, 0, False
         self.began = self.since = time.time()
         signal.signal(signal.SIGINT, self.interrupt)
@@ -465,6 +465,15 @@ class Report:
         """Write a checkpoint from which --resume goes on."""
         save_checkpoint(self.out / name, self.config, self.nets.ema, **self.nets.state(),
                         step=step, data=str(self.arguments.data))
+
+
+def find_lpips(config: Config, device) -> LPIPS | None:
+    """The metric where it can be had without a download, or None, saying why."""
+    if config.size >= 32 and LPIPS.at_hand():
+        return LPIPS().to(device)
+    print("LPIPS is not measured: " + ("images are smaller than 32x32" if config.size < 32 else
+                                       "its weights are not in torch.hub's cache"))
+    return None
 
 
 def clear_line() -> str:
