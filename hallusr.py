@@ -8,7 +8,8 @@ An independent implementation, in one file, of
 Equation, figure and section numbers below are that paper's. Read it from top to bottom: the file
 follows the paper, and `train.py` then puts the pieces together in one loop.
 
-Notation (N images; h x w is the small size, H x W = scale * h x scale * w the large one)
+Notation (N images; h x w is the small size, H x W = scale * h x scale * w the large one; K is the
+number of samples, C a number of channels, C0 = widths[0] the one at LR size)
 
     paper       here            shape             range
     ----------  --------------  ----------------  ------------------------------------------------
@@ -16,7 +17,7 @@ Notation (N images; h x w is the small size, H x W = scale * h x scale * w the l
     I^HR        hr              (N, 3, H, W)      [-1, 1]
     I^SR        sr              (N, 3, H, W)      unbounded, about [-1, 1]; G's image at z = 0
     I^H_z       hallucination   (N, 3, H, W)      the same, at z ~ N(0, I)
-    g           gradient        (N, 3, H, W)      [0, 2 sqrt 2] for real images, unbounded from G
+    g           gradient        (N, 3, H, W)      [0.001, 2 sqrt 2] of images, unbounded from G
     z           z               (N, z_dim)        N(0, I), or all zero to reconstruct
     DS          downscale       -> (N, 3, h, w)   box average
     F           excess          (N, 3, h, w)      grey levels of disagreement with LR, >= 0
@@ -37,10 +38,11 @@ Deviations from the paper. The first group always holds: the print has to be rea
     D5  Rounding goes to the 256 levels of [-1, 1]; multiples of r lie half a level beside them.
     D6  (3)-(5) repeat the border pixel, and 1e-6 stands under the root: a zero border would draw a
         frame around every image, and the root's slope is infinite where an image is flat.
-    D7  R1 is taken every 16th step with 16 times its weight: a third less work, the same average.
+    D7  R1 is taken every 16th step with 16 times its weight: the same average, a fraction of the
+        work (StyleGAN2's lazy regularisation).
     D8  A running average of G's weights (EMA) samples and is scored; the paper does not say.
 
-The second group is off in Config(), the paper as printed. `RECOMMENDED` turns on D9 to D11.
+The second group is off in Config(), the paper as printed; RECOMMENDED turns on D9 to D11.
 
     D9  hard_consistency: G subtracts its disagreement with LR at every scale, so that (9) holds
         by construction. Left to F alone, D_I wins on F, or G dares not leave plain upsampling.
@@ -49,8 +51,15 @@ The second group is off in Config(), the paper as printed. `RECOMMENDED` turns o
     D11 lr_g and lr_d are 5e-4. The paper's 1e-4 is for far longer runs.
     D12 perceptual = "pixels": L1 on pixels in place of VGG features, for runs without weights.
 
+Silent in the paper, and chosen here: every norm in (6)-(8) is a mean, so that weights hold for any
+size; (6)-(8) and F act on the finest scale alone; DS is a box average; F enters D_I before the
+residual blocks, where features first have LR's size; (10) and (11) are minimised in one step of G.
+
+Copying: "Needs" in a docstring lists the names that belong to a piece. Functions called require...
+and check... only raise clear errors, and may stay behind.
+
 Contents: settings - image space - 2.1 the gradient - 3.2 architecture - 3.1 conditioning -
-2.1-2.3 losses - 4.2 metrics - pictures and files.
+2.1-2.3 losses - 4.2 metrics - pictures and checkpoints.
 """
 from __future__ import annotations
 
@@ -62,9 +71,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
-from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
 # ---- Settings -----------------------------------------------------------------------------------
@@ -107,8 +114,8 @@ class Config:
 
     def __post_init__(self):
         check_architecture(self.widths, self.scale, self.blocks)
-        require(self.size > 0 and self.size % self.scale == 0,
-                f"size must be a positive multiple of scale {self.scale}, got {self.size}")
+        require(self.size >= 11 and self.size % self.scale == 0,  # SSIM's window is 11 wide
+                f"size must be 11 or more and a multiple of scale {self.scale}, got {self.size}")
         for name in ("batch", "r1_every", "tau", "lr_g", "lr_d"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
         for name in ("gamma", "beta", "alpha", "eps", "tie", "r1_gamma", "steps", "seed"):
@@ -119,9 +126,8 @@ class Config:
                 f"got {self.perceptual!r}")
 
 
-def recommended() -> dict:
-    """The few fields of `Config` to change for a run of hours instead of weeks (D9 to D11)."""
-    return dict(hard_consistency=True, tie=1.0, lr_g=5e-4, lr_d=5e-4)
+# The few fields of Config to change for a run of hours instead of weeks (D9 to D11).
+RECOMMENDED = dict(hard_consistency=True, tie=1.0, lr_g=5e-4, lr_d=5e-4)
 
 
 def require(condition: bool, message: str):
@@ -130,10 +136,10 @@ def require(condition: bool, message: str):
         raise ValueError(message)
 
 
-def require_images(x: torch.Tensor, name: str = "image", channels: int = 3):
-    """Raise ValueError unless x is a batch of images: shape (N, channels, H, W)."""
-    require(x.ndim == 4 and x.shape[1] == channels,
-            f"{name} must have shape (N, {channels}, H, W), got {tuple(x.shape)}")
+def require_images(x: torch.Tensor, name: str = "image"):
+    """Raise ValueError unless x is a batch of images: shape (N, 3, H, W)."""
+    require(x.ndim == 4 and x.shape[1] == 3,
+            f"{name} must have shape (N, 3, H, W), got {tuple(x.shape)}")
 
 
 def require_same(a: torch.Tensor, b: torch.Tensor, names: str):
@@ -142,14 +148,27 @@ def require_same(a: torch.Tensor, b: torch.Tensor, names: str):
                                 f"{tuple(b.shape)}")
 
 
-def scale_levels(scale: int) -> int:
-    """How many doublings make `scale`: 3 for 8. Raises ValueError unless it is 2, 4, 8, ..."""
+def check_architecture(widths: tuple, scale: int, blocks: int):
+    """Raise ValueError unless widths, scale and blocks fit together."""
     require(scale >= 2 and scale & (scale - 1) == 0,
             f"scale must be a power of two, 2 or more, got {scale}")
-    return scale.bit_length() - 1
+    doublings = scale.bit_length() - 1
+    require(len(widths) == doublings + 1 and all(width >= 1 for width in widths),
+            f"widths needs {doublings + 1} positive numbers for scale {scale}, got {widths}")
+    require(blocks >= 1, f"blocks must be 1 or more, got {blocks}")
 
 
 # ---- Image space: levels, DS, scales ------------------------------------------------------------
+
+
+def to_levels(x: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to the 8-bit values 0, 1, ..., 255, as floats; beyond is clamped. Any shape."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round()
+
+
+def from_levels(levels: torch.Tensor) -> torch.Tensor:
+    """8-bit values 0-255, uint8 or float, to floats in [-1, 1]. Any shape."""
+    return levels.float() / 127.5 - 1
 
 
 def quantize(x: torch.Tensor) -> torch.Tensor:
@@ -157,10 +176,10 @@ def quantize(x: torch.Tensor) -> torch.Tensor:
 
     The gradient is exactly 1 everywhere (straight-through, section 3.1): rounding is flat, its true
     gradient is zero and nothing could learn through it. Values beyond [-1, 1] are clamped in the
-    forward pass only. Source: the rounding of (12); D5.
+    forward pass only. Source: the rounding of (12); D5. Needs: to_levels, from_levels.
     """
-    levels = ((x.detach().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-    return x - x.detach() + levels  # 0 + levels forward, 1 + 0 backward
+    rounded = from_levels(to_levels(x.detach()))
+    return x - x.detach() + rounded  # 0 + rounded forward, 1 + 0 backward
 
 
 def downscale(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
@@ -204,7 +223,8 @@ def project_onto_lr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
 
     (N, 3, H, W), (N, 3, h, w) -> (N, 3, H, W) with downscale(result) == lr, up to float error;
     clamping or 8-bit rounding afterwards may move it again. Source: (9) with eps = 0, D9.
-    Raises ValueError unless the sides of image are one multiple of lr's.
+    Needs: downscale, upscale_nearest, scale_between.
+    Raises ValueError unless there is an image for each lr, its sides one multiple of lr's.
     """
     factor = scale_between(image, lr)
     return image + upscale_nearest(lr - downscale(image, factor), factor)
@@ -215,9 +235,9 @@ def scale_between(image: torch.Tensor, lr: torch.Tensor) -> int:
     require_images(image)
     require_images(lr, "lr")
     factor = image.shape[-1] // lr.shape[-1]
-    require(image.shape[-2:] == (lr.shape[-2] * factor, lr.shape[-1] * factor),
-            f"image sides must be one multiple of lr's, got {tuple(image.shape[-2:])} and "
-            f"{tuple(lr.shape[-2:])}")
+    require(image.shape == (len(lr), 3, lr.shape[-2] * factor, lr.shape[-1] * factor),
+            f"there must be one image for each lr, its sides one multiple of lr's, got "
+            f"{tuple(image.shape)} and {tuple(lr.shape)}")
     return factor
 
 
@@ -258,7 +278,7 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def near_zero(conv: nn.Conv2d) -> nn.Conv2d:
-    """Shrink a layer's first weights to a tenth, so that what it is added to dominates at first."""
+    """Start a layer at a tenth of its weights, bias 0: what it is added to dominates at first."""
     nn.init.zeros_(conv.bias)
     with torch.no_grad():
         conv.weight.mul_(0.1)
@@ -304,7 +324,7 @@ class UpBlock(nn.Module):
 
     def forward(self, features, image, gradient):
         # Nearest, then a convolution: a transposed convolution leaves checkerboards.
-        features = F.interpolate(features, scale_factor=2)                 # (N, in,  2H, 2W)
+        features = F.interpolate(features, scale_factor=2, mode="nearest") # (N, in,  2H, 2W)
         features = activation(self.shared(features))                       # (N, out, 2H, 2W)
         image_detail = self.to_image(activation(self.image_conv(features)))
         gradient_detail = self.to_gradient(activation(self.gradient_conv(features)))
@@ -315,7 +335,7 @@ class UpBlock(nn.Module):
 
     @staticmethod
     def enlarge(x):
-        """The skip: bilinear, as a smooth start needs no blocks to be unlearned."""
+        """The skip. Bilinear: G starts as smooth enlargement and has no blocks to unlearn."""
         return F.interpolate(x, scale_factor=2, mode="bilinear")
 
 
@@ -326,13 +346,13 @@ class DownBlock(nn.Module):
     from the finer scale; two convolutions and average pooling follow. Source: section 3.2.
     Needs: conv3x3, activation.
 
-    forward(image (N, image_channels, H, W), features (N, in_channels, H, W) or None at the finest
-    scale) returns (N, out_channels, H/2, W/2).
+    forward(image (N, 3, H, W), features (N, in_channels, H, W) or None at the finest scale)
+    returns (N, out_channels, H/2, W/2).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, image_channels: int = 3):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.from_image = nn.Conv2d(image_channels, in_channels, 1)
+        self.from_image = nn.Conv2d(3, in_channels, 1)
         self.conv1 = conv3x3(in_channels, in_channels)
         self.conv2 = conv3x3(in_channels, out_channels)
 
@@ -353,7 +373,7 @@ class Generator(nn.Module):
     widths are the channels at LR size and after each doubling, coarse to fine: one more number than
     scale has doublings. hard_consistency corrects the image to LR at every scale (D9).
     Works for any LR size; `z_dim` and `scale` are attributes.
-    Source: Fig. 2. Needs: ResidualBlock, UpBlock, image_gradient, project_onto_lr.
+    Source: Fig. 2. Needs: ResidualBlock, UpBlock, conv3x3, image_gradient, project_onto_lr.
 
     forward(lr (N, 3, h, w) in [-1, 1], z (N, z_dim)) returns (images, gradients): two lists, coarse
     to fine, of (N, 3, 2h, 2w) ... (N, 3, scale*h, scale*w), unbounded (clamp to show or save).
@@ -367,6 +387,8 @@ class Generator(nn.Module):
         require(z_dim >= 1, f"z_dim must be 1 or more, got {z_dim}")
         self.z_dim, self.scale, self.hard_consistency = z_dim, scale, hard_consistency
         self.head = conv3x3(3 + z_dim, widths[0])
+        with torch.no_grad():  # or z_dim channels of noise would drown the three of LR at first
+            self.head.weight[:, 3:] *= 0.1
         self.trunk = nn.Sequential(*(ResidualBlock(widths[0]) for _ in range(blocks)))
         self.up_blocks = nn.ModuleList(UpBlock(*pair) for pair in zip(widths, widths[1:]))
 
@@ -374,10 +396,11 @@ class Generator(nn.Module):
         require_images(lr, "lr")
         require(z.shape == (len(lr), self.z_dim),
                 f"z must have shape ({len(lr)}, {self.z_dim}), got {tuple(z.shape)}")
-        # A vector has no place in the image, so every pixel of LR gets the whole of it.
+        # z belongs to no place in the image, so every pixel of LR gets the whole of it.
         noise = z[:, :, None, None].expand(-1, -1, *lr.shape[-2:])         # (N, m, h, w)
         features = self.head(torch.cat([lr, noise], 1))                    # (N, C0, h, w)
         features = self.trunk(features)                                    # (N, C0, h, w)
+        # Fig. 3's skip needs a start, which the paper does not name: LR and its own gradient.
         image, gradient = lr, image_gradient(lr)                           # (N, 3, h, w)
         images, gradients = [], []
         for block in self.up_blocks:
@@ -388,9 +411,14 @@ class Generator(nn.Module):
             gradients.append(gradient)
         return images, gradients                                           # coarse to fine
 
-    def sample(self, lr, z):
-        """The finest image alone, as it would be saved: 8-bit levels of [-1, 1]."""
-        return quantize(self(lr, z)[0][-1])                                # (N, 3, H, W)
+
+@torch.no_grad()
+def sample(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """The finest image alone, as it would be saved: (N, 3, H, W) on 8-bit levels of [-1, 1].
+
+    lr (N, 3, h, w), z (N, z_dim): zero to reconstruct, N(0, I) to hallucinate.
+    """
+    return quantize(generator(lr, z)[0][-1])
 
 
 class Discriminator(nn.Module):
@@ -400,8 +428,8 @@ class Discriminator(nn.Module):
     `pyramid` makes it from real images; for D_I also F of (12), shape (N, 3, h, w), zero for real
     images. It is concatenated where the features have LR's size: after the last DownBlock.
     Returns logits (N, 1, h, w), one per LR pixel: no linear layer (section 3.2), so any size works.
-    Source: sections 3.1 and 3.2. Needs: DownBlock, ResidualBlock.
-    Raises ValueError for a wrong number of scales, or a missing or misshapen condition.
+    Source: sections 3.1 and 3.2. Needs: DownBlock, ResidualBlock, conv3x3, activation.
+    Raises ValueError for a wrong number of scales, or a missing, misshapen or unwanted condition.
     """
 
     def __init__(self, widths: tuple = (128, 96, 64, 32), scale: int = 8, blocks: int = 8,
@@ -423,21 +451,14 @@ class Discriminator(nn.Module):
         for block, image in zip(self.down_blocks, reversed(images)):
             require_images(image)
             features = block(image, features)                              # (N, C, H/2, W/2)
+        expected = (len(features), self.condition_channels, *features.shape[-2:])
+        found = None if condition is None else tuple(condition.shape)
+        require(found == (expected if self.condition_channels else None),
+                f"condition must have shape {expected} (none at all for 0 channels), got {found}")
         if self.condition_channels:
-            expected = (len(features), self.condition_channels, *features.shape[-2:])
-            found = None if condition is None else tuple(condition.shape)
-            require(found == expected, f"condition must have shape {expected}, got {found}")
             features = torch.cat([features, condition], 1)                 # (N, C0 + 3, h, w)
         features = activation(self.head(features))                         # (N, C0, h, w)
         return self.to_logits(self.trunk(features))                        # (N, 1, h, w)
-
-
-def check_architecture(widths: tuple, scale: int, blocks: int):
-    """Raise ValueError unless widths, scale and blocks fit together."""
-    levels = scale_levels(scale)
-    require(len(widths) == levels + 1 and all(width >= 1 for width in widths),
-            f"widths needs {levels + 1} positive numbers for scale {scale}, got {widths}")
-    require(blocks >= 1, f"blocks must be 1 or more, got {blocks}")
 
 
 # ---- 3.1 Conditioning ---------------------------------------------------------------------------
@@ -470,7 +491,7 @@ class PerceptualLoss(nn.Module):
     forward(sr (N, 3, H, W), hr (N, 3, H, W)), both around [-1, 1], returns a scalar >= 0.
     `layer` names phi_i; relu2_2 is what (6)'s source, Johnson et al., use for super-resolution.
     Only the layers up to it are kept, frozen. Weights: torchvision's VGG16 IMAGENET1K_V1, from
-    torch.hub's cache or the internet. Needs: pretrained_features.
+    torch.hub's cache or the internet. Needs: VGG_LAYERS, pretrained_features, missing_weights.
     Raises ValueError for an unknown layer or different shapes, FileNotFoundError without weights.
     """
 
@@ -499,7 +520,7 @@ def pretrained_features(build, weights, end: int) -> nn.Sequential:
     with torch.device("meta"):  # the shape alone: the rest of the network never takes memory
         features = build().features[:end]
     try:
-        state = weights.get_state_dict(progress=True, map_location="cpu")
+        state = weights.get_state_dict(progress=True, map_location="cpu", weights_only=True)
     except OSError as error:
         raise FileNotFoundError(missing_weights(weights.url)) from error
     wanted = {name: state["features." + name] for name in features.state_dict()}
@@ -584,11 +605,6 @@ def hallucination_loss(adv_g, adv_i, l_z, alpha: float = 1.0):
 # ---- 4.2 Metrics: all on 8-bit images, one value per image --------------------------------------
 
 
-def to_levels(x: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] to the 8-bit values 0, 1, ..., 255, as floats; beyond is clamped."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round()
-
-
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB on 8-bit RGB. Two (N, C, H, W) in [-1, 1] -> (N,).
 
@@ -617,13 +633,14 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     require_same(image, truth, "image and truth")
     require(min(image.shape[-2:]) >= 11, f"SSIM needs sides of 11, got {tuple(image.shape[-2:])}")
     offsets = torch.arange(11, device=image.device) - 5.0
-    window = torch.softmax(-offsets.square() / (2 * 1.5 ** 2), 0)          # a Gaussian of sum 1
+    window = torch.softmax(-offsets.square() / (2 * 1.5 ** 2), 0).double() # a Gaussian of sum 1
 
     def local_mean(x):
         x = x.flatten(0, 1)[:, None]                                       # (N*C, 1, H, W)
         return F.conv2d(F.conv2d(x, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
 
-    a, b = to_levels(image), to_levels(truth)
+    # A variance is a small difference of large squares: in float32 digits would be lost.
+    a, b = to_levels(image).double(), to_levels(truth).double()
     mean_a, mean_b = local_mean(a), local_mean(b)
     var_a = local_mean(a * a) - mean_a.square()
     var_b = local_mean(b * b) - mean_b.square()
@@ -631,7 +648,7 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
     structure = (2 * cov + c2) / (var_a + var_b + c2)
-    return (luminance * structure).view(len(image), -1).mean(1)            # (N,)
+    return (luminance * structure).view(len(image), -1).mean(1).float()    # (N,)
 
 
 class LPIPS(nn.Module):
@@ -640,8 +657,8 @@ class LPIPS(nn.Module):
     forward(a, b): two (N, 3, H, W) in [-1, 1] -> (N,) >= 0; maps(a, b) -> (N, H, W), the same
     before the mean over the image. Source: section 4.2, Zhang et al. 2018; weights of AlexNet from
     torchvision, the 1472 learned channel weights from the authors' repository (BSD-2).
-    Needs: pretrained_features. Raises ValueError for shapes that differ, FileNotFoundError
-    without weights.
+    Needs: pretrained_features, missing_weights.
+    Raises ValueError for different shapes or sides under 31, FileNotFoundError without weights.
     """
 
     URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/"
@@ -653,7 +670,7 @@ class LPIPS(nn.Module):
         self.features = pretrained_features(alexnet, AlexNet_Weights.IMAGENET1K_V1, 12)
         try:
             state = torch.hub.load_state_dict_from_url(self.URL, map_location="cpu",
-                                                       file_name=self.FILE)
+                                                       file_name=self.FILE, weights_only=True)
         except OSError as error:
             raise FileNotFoundError(missing_weights(self.URL, self.FILE)) from error
         for i in range(5):
@@ -701,8 +718,8 @@ def diversity_score(maps: torch.Tensor) -> torch.Tensor:
     """NTIRE's diversity score: how much better the best sample per pixel is than the best sample.
 
     maps (K, N, H, W): LPIPS.maps of K samples against the truth -> (N,) in [0, 100]. 0 when all
-    samples are alike; DIV2K 8x: SRFlow 10.6, SRFlow-DA 23.3. Noise does not help: a pixel counts
-    only when it comes closer to the truth. Source: NTIRE 2021, learning the SR space.
+    samples are alike. Noise does not help: a pixel counts only when it comes closer to the truth.
+    Source: NTIRE 2021 challenge on learning the super-resolution space.
     Raises ValueError unless maps has four dimensions.
     """
     require(maps.ndim == 4, f"maps must have shape (K, N, H, W), got {tuple(maps.shape)}")
@@ -711,44 +728,44 @@ def diversity_score(maps: torch.Tensor) -> torch.Tensor:
     return 100 * (best_sample - best_pixels) / best_sample
 
 
-def pixel_std(samples: torch.Tensor) -> torch.Tensor:
-    """Standard deviation over samples, mean over pixels and channels, in grey levels 0-255.
+def std_map(samples: torch.Tensor) -> torch.Tensor:
+    """Where is the model unsure? Standard deviation over samples, in grey levels 0-255.
 
-    samples (K, N, 3, H, W) in [-1, 1] -> (N,). Divides by K, not K - 1.
+    samples (K, N, 3, H, W) in [-1, 1] -> (N, 3, H, W). Divides by K, not K - 1.
     Raises ValueError unless samples has five dimensions.
     """
     require(samples.ndim == 5, f"samples must be (K, N, 3, H, W), got {tuple(samples.shape)}")
-    return to_levels(samples).std(0, correction=0).mean((1, 2, 3))
+    return to_levels(samples).std(0, correction=0)
+
+
+def pixel_std(samples: torch.Tensor) -> torch.Tensor:
+    """Mean of std_map over pixels and channels: (K, N, 3, H, W) in [-1, 1] -> (N,), grey levels."""
+    return std_map(samples).mean((1, 2, 3))
 
 
 @torch.no_grad()
 def evaluate(generator: nn.Module, hr: torch.Tensor, samples: int = 10, lpips: LPIPS | None = None,
-             seed: int = 0, temperature: float = 1.0, project: bool = False) -> dict:
+             seed: int = 0, temperature: float = 1.0) -> dict:
     """Table 1's rows for these images: {"bicubic" | "SR" | "hallucination": {metric: (N,)}}.
 
     hr (N, 3, H, W) in [-1, 1]; LR is made from it. Metrics: psnr, ssim, lr_psnr and, with `lpips`,
     lpips; a hallucination's are means over its samples, and it has pixel_std and, with `lpips`,
-    diversity. `project` applies project_onto_lr to all that G makes. seed decides z alone.
+    diversity. seed decides z and nothing else.
     """
     rng = torch.Generator().manual_seed(seed)
     z = temperature * torch.randn(len(hr), samples, generator.z_dim, generator=rng).to(hr.device)
-    parts = [evaluate_batch(generator, hr_part, z_part, lpips, project)
+    parts = [evaluate_batch(generator, hr_part, z_part, lpips)
              for hr_part, z_part in zip(hr.split(50), z.split(50))]  # 50 at a time fit any memory
     return {row: {name: torch.cat([part[row][name] for part in parts]) for name in metrics}
             for row, metrics in parts[0].items()}
 
 
-def evaluate_batch(generator, hr, z, lpips, project) -> dict:
+def evaluate_batch(generator, hr, z, lpips=None) -> dict:
     """`evaluate` for images that fit memory at once, with z (N, K, z_dim)."""
     lr = quantize(downscale(hr, generator.scale))
-
-    def made(latent):
-        image = generator.sample(lr, latent)
-        return quantize(project_onto_lr(image, lr)) if project else image
-
     rows = {"bicubic": score(quantize(upscale_bicubic(lr, generator.scale)), hr, lr, lpips),
-            "SR": score(made(torch.zeros_like(z[:, 0])), hr, lr, lpips)}
-    hallucinations = torch.stack([made(latent) for latent in z.unbind(1)])  # (K, N, 3, H, W)
+            "SR": score(sample(generator, lr, torch.zeros_like(z[:, 0])), hr, lr, lpips)}
+    hallucinations = torch.stack([sample(generator, lr, latent) for latent in z.unbind(1)])
     scores = [score(image, hr, lr, lpips) for image in hallucinations]
     mean = {name: torch.stack([row[name] for row in scores]).mean(0) for name in rows["SR"]}
     mean["lr_psnr"] = mean_decibel(torch.stack([row["lr_psnr"] for row in scores]))
@@ -781,7 +798,7 @@ def summarize(rows: dict) -> dict:
             for row, metrics in rows.items()}
 
 
-# ---- Pictures and files -------------------------------------------------------------------------
+# ---- Pictures and checkpoints -------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -797,7 +814,7 @@ def contact_sheet(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor,
     latents = [torch.zeros_like(z[0]), *z]
     outputs = [generator(lr, latent.expand(len(lr), -1)) for latent in latents]
     made = [quantize(images[-1]) for images, _ in outputs]
-    spread = to_levels(torch.stack(made[1:])).std(0, correction=0) / 64
+    spread = std_map(torch.stack(made[1:])) / 64
     enlarged = [upscale_nearest(lr, generator.scale), upscale_bicubic(lr, generator.scale)]
     known = [] if hr is None else [hr]
     above = [x / 2 + 0.5 for x in enlarged + made] + [spread] + [x / 2 + 0.5 for x in known]
@@ -805,36 +822,6 @@ def contact_sheet(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor,
     below += [torch.zeros_like(spread)] + [image_gradient(x) for x in known]
     tiles = torch.stack([torch.stack(above, 1), torch.stack(below, 1)], 1)  # (N, 2, columns, ...)
     return make_grid(tiles.flatten(0, 2).clamp(0, 1), nrow=len(above), padding=1, pad_value=1.0)
-
-
-def read_photo(path: str | Path, size: int) -> torch.Tensor:
-    """A photo's centre square, resized: uint8 (3, size, size).
-
-    Raises ValueError, naming the file, when it is no image or smaller than size.
-    """
-    image = read_image(path)
-    side = min(image.shape[-2:])
-    require(side >= size, f"{path} is {image.shape[2]}x{image.shape[1]} pixels, expected at least "
-                          f"{size}x{size}")
-    square = v2.functional.center_crop(image, [side, side])
-    return v2.functional.resize(square, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
-
-
-def read_image(path: str | Path) -> torch.Tensor:
-    """Any image file, upright, as uint8 RGB (3, H, W).
-
-    Raises ValueError, naming the file, when it can not be read. Pillow comes with torchvision.
-    """
-    try:
-        with Image.open(path) as image:
-            return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-
-
-def from_uint8(image: torch.Tensor) -> torch.Tensor:
-    """8-bit values 0-255 to floats in [-1, 1], any shape."""
-    return image.float() / 127.5 - 1
 
 
 def save_checkpoint(path: str | Path, config: Config, generator: nn.Module, **training):
@@ -857,7 +844,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[Config, dict
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        content = torch.load(path, map_location=device)
+        content = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint: {error}".splitlines()[0]) from error
     require(isinstance(content, dict) and "hallusr" in content and "config" in content,
@@ -877,12 +864,14 @@ def build_generator(config: Config) -> Generator:
 def load_generator(path: str | Path, device: str = "cpu") -> Generator:
     """The trained G (its running average) of a checkpoint, in eval mode, ready to sample.
 
+    Its attribute `config` holds the settings it was trained with.
     Raises FileNotFoundError, or ValueError for a file that is damaged, not ours or whose weights
     do not fit its own settings.
     """
     config, content = load_checkpoint(path, device)
     generator = build_generator(config).to(device)
     load_weights(generator, content["generator"], path)
+    generator.config = config
     return generator.eval().requires_grad_(False)
 
 

@@ -19,18 +19,31 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import save_image
 
-from hallusr import (LPIPS, contact_sheet, downscale, evaluate, from_uint8, load_checkpoint,
-                     load_generator, lr_psnr, project_onto_lr, quantize, read_image, read_photo,
-                     require, summarize, to_levels, upscale_nearest)
-from train import FolderFaces, stack
+from hallusr import (LPIPS, contact_sheet, downscale, evaluate, from_levels, load_generator,
+                     lr_psnr, project_onto_lr, quantize, require, sample, std_map, summarize,
+                     to_levels, upscale_nearest)
+from train import FolderFaces, count, find_device, read_image, read_photo, stack
 
 
-def parse_arguments(arguments=None):
+class Projected(torch.nn.Module):
+    """A generator whose finest image is shifted, block by block, to shrink to LR exactly."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.generator, self.scale, self.z_dim = generator, generator.scale, generator.z_dim
+
+    def forward(self, lr, z):
+        images, gradients = self.generator(lr, z)
+        # Clamped first: what saving would cut off must not unbalance the blocks afterwards.
+        return [*images[:-1], project_onto_lr(images[-1].clamp(-1, 1), lr)], gradients
+
+
+def parse_arguments(words=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("photos", nargs="*", metavar="PHOTO", help="image files")
     parser.add_argument("--checkpoint", required=True, help="last.pt or best.pt of a training run")
     parser.add_argument("--lr", action="store_true", help="the images are LR already")
-    parser.add_argument("--samples", type=int, default=10, help="hallucinations (default: 10)")
+    parser.add_argument("--samples", type=count, default=10, help="hallucinations (default: 10)")
     parser.add_argument("--temperature", type=float, default=1.0,
                         help="scale of z: 0 is SR, below 1 tamer, above 1 wilder (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of z (default: 0)")
@@ -38,73 +51,68 @@ def parse_arguments(arguments=None):
                         help="shift every block of the result to LR's value: exact consistency")
     parser.add_argument("--walk", action="store_true", help="write an animated GIF")
     parser.add_argument("--evaluate", metavar="FOLDER", help="score on the photos of this folder")
-    parser.add_argument("--slice", default=":", metavar="FROM:TO",
+    parser.add_argument("--slice", type=span, default=slice(None), metavar="FROM:TO",
                         help="which photos of the folder, in order of name (default: all)")
     parser.add_argument("--out", default="samples", help="folder for results (default: samples)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    found = parser.parse_args(arguments)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    found = parser.parse_args(words)
     require(bool(found.photos) or found.evaluate is not None,
             "nothing to do: name at least one photo, or a folder with --evaluate")
-    require(found.samples >= 1, f"--samples must be 1 or more, got {found.samples}")
+    names = [Path(path).stem for path in found.photos]
+    require(len(set(names)) == len(names), f"two photos have one name, and so one folder: {names}")
     require(found.temperature >= 0, f"--temperature must be >= 0, got {found.temperature}")
     return found
 
 
-def low_resolution(path: str, size: int, scale: int, is_lr: bool) -> tuple:
+def span(words: str) -> slice:
+    """FROM:TO as a slice; either may be missing."""
+    return slice(*(int(word) if word else None for word in words.split(":")))
+
+
+def low_resolution(path: str, config, is_lr: bool) -> tuple:
     """The LR image of a file, (1, 3, h, w) in [-1, 1], and HR where the file was a photo."""
     if is_lr:
-        return from_uint8(read_image(path))[None], None
-    hr = from_uint8(read_photo(path, size))[None]
-    return quantize(downscale(hr, scale)), hr
+        return from_levels(read_image(path))[None], None
+    hr = from_levels(read_photo(path, config.size))[None]
+    return quantize(downscale(hr, config.scale)), hr
 
 
-@torch.no_grad()
-def sample(generator, lr, arguments) -> dict:
-    """SR and K hallucinations of one LR image, 8-bit levels: {name: (1, 3, H, W)}."""
-    rng = torch.Generator().manual_seed(arguments.seed)
-    z = arguments.temperature * torch.randn(arguments.samples, generator.z_dim, generator=rng)
-    z = torch.cat([torch.zeros(1, generator.z_dim), z]).to(lr.device)
-    images = generator.sample(lr.expand(len(z), -1, -1, -1), z)
-    if arguments.project:
-        images = quantize(project_onto_lr(images, lr.expand(len(z), -1, -1, -1)))
-    names = ["sr"] + [f"hallucination_{k}" for k in range(1, len(z))]
-    return dict(zip(names, images.split(1))), z[1:]
-
-
-def write_samples(generator, path: str, config, arguments):
+def write_samples(generator, config, path: str, arguments):
     """All files of one input, in a folder of its name."""
-    lr, hr = low_resolution(path, config.size, generator.scale, arguments.lr)
-    lr = lr.to(arguments.device)
-    hr = None if hr is None else hr.to(arguments.device)
+    lr, hr = (x if x is None else x.to(arguments.device)
+              for x in low_resolution(path, config, arguments.lr))
     made = "as it is" if arguments.lr else f"from its centre square, resized to {config.size}"
     print(f"{path}: LR of {lr.shape[-1]}x{lr.shape[-2]} pixels, {made}")
-    images, z = sample(generator, lr, arguments)
+    rng = torch.Generator().manual_seed(arguments.seed)
+    z = torch.randn(arguments.samples, generator.z_dim, generator=rng).to(lr.device)
+    z = arguments.temperature * z
+    latents = torch.cat([torch.zeros_like(z[:1]), z])
+    samples = sample(generator, lr.expand(len(latents), -1, -1, -1), latents)
+    names = ["sr"] + [f"hallucination_{k}" for k in range(1, len(latents))]
+    images = dict(zip(names, samples.split(1)))
     for name, image in images.items():
         print(f"  {name}: LR-PSNR {lr_psnr(image, lr).item():.1f} dB")
-    hallucinations = torch.cat(list(images.values())[1:])
     images["lr"] = lr
-    images["mean"] = hallucinations.mean(0, keepdim=True)
-    # White is 64 grey levels: where the samples disagree, LR did not tell.
-    images["std"] = to_levels(hallucinations).std(0, correction=0, keepdim=True) / 32 - 1
+    images["mean"] = samples[1:].mean(0, keepdim=True)
+    images["std"] = std_map(samples[1:, None]) / 32 - 1  # white: 64 grey levels
     folder = Path(arguments.out) / Path(path).stem
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
         save_image(image, folder / f"{name}.png", normalize=True, value_range=(-1, 1))
     save_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
     if arguments.walk:
-        write_walk(generator, lr, z, folder / "walk.gif")
+        write_walk(generator, lr, rng, folder / "walk.gif")
     print(f"  written to {folder}/: {', '.join(images)}, grid{', walk' * arguments.walk}")
 
 
-@torch.no_grad()
-def write_walk(generator, lr, z, path: Path, frames: int = 48):
+def write_walk(generator, lr, rng, path: Path, frames: int = 48):
     """A GIF along a closed path in z: around the circle that two noise vectors span.
 
-    On a circle every point is as likely as its ends; a straight line would pass near z = 0.
+    On that circle every point is as likely as any other; a straight line would pass near z = 0.
     """
-    a, b = z[0], z[1 % len(z)]
+    a, b = torch.randn(2, generator.z_dim, generator=rng).to(lr.device)
     angles = torch.arange(frames, device=lr.device)[:, None] * 2 * math.pi / frames
-    images = generator.sample(lr.expand(frames, -1, -1, -1), angles.cos() * a + angles.sin() * b)
+    images = sample(generator, lr.expand(frames, -1, -1, -1), angles.cos() * a + angles.sin() * b)
     shown = to_levels(upscale_nearest(images, 3)).to(torch.uint8).cpu()
     first, *rest = [to_pil_image(image) for image in shown]
     first.save(path, save_all=True, append_images=rest, duration=80, loop=0)
@@ -112,15 +120,15 @@ def write_walk(generator, lr, z, path: Path, frames: int = 48):
 
 def evaluate_folder(generator, config, arguments):
     """Print Table 1's rows for a folder and write them as JSON."""
-    start, _, stop = arguments.slice.partition(":")
     faces = FolderFaces(arguments.evaluate, config.size)
-    faces.paths = faces.paths[int(start or 0):int(stop or len(faces.paths))]
-    require(len(faces) > 0, f"--slice {arguments.slice} leaves none of the folder's photos")
-    hr = from_uint8(stack(faces)).to(arguments.device)
+    faces.paths = faces.paths[arguments.slice]
+    require(len(faces) > 0, "--slice leaves none of the folder's photos")
+    hr = from_levels(stack(faces)).to(arguments.device)
     rows = summarize(evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device),
-                              arguments.seed, arguments.temperature, arguments.project))
-    print(f"n = {len(hr)} faces of {config.size}x{config.size}, LR {config.size // config.scale}x"
-          f"{config.size // config.scale}, {arguments.samples} samples, seed {arguments.seed}, "
+                              arguments.seed, arguments.temperature))
+    small = config.size // config.scale
+    print(f"n = {len(hr)} faces of {config.size}x{config.size}, LR {small}x{small}, "
+          f"{arguments.samples} samples, seed {arguments.seed}, "
           f"temperature {arguments.temperature:g}, project {arguments.project}")
     print(f"{'':14}" + "".join(f"{name:>11}" for name in rows["hallucination"]))
     for name, row in rows.items():
@@ -128,8 +136,10 @@ def evaluate_folder(generator, config, arguments):
     print(definitions())
     path = Path(arguments.out) / "evaluate.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"n": len(hr), "arguments": vars(arguments), "rows": rows}
-    path.write_text(json.dumps(found, indent=1))
+    plain = {row: {name: value if math.isfinite(value) else None for name, value in values.items()}
+             for row, values in rows.items()}  # JSON has no infinity
+    settings = {name: str(value) for name, value in vars(arguments).items()}
+    path.write_text(json.dumps({"n": len(hr), "arguments": settings, "rows": plain}, indent=1))
     print(f"written to {path}")
 
 
@@ -144,12 +154,15 @@ diversity    NTIRE 2021: 100 (global - local) / global; global: the best sample'
              local: the mean of the per-pixel best"""
 
 
-def main(arguments=None):
-    arguments = parse_arguments(arguments)
-    config, _ = load_checkpoint(arguments.checkpoint, arguments.device)
+def main(words=None):
+    arguments = parse_arguments(words)
+    arguments.device = find_device(arguments.device)
     generator = load_generator(arguments.checkpoint, arguments.device)
+    config = generator.config
+    if arguments.project:
+        generator = Projected(generator)
     for path in arguments.photos:
-        write_samples(generator, path, config, arguments)
+        write_samples(generator, config, path, arguments)
     if arguments.evaluate:
         evaluate_folder(generator, config, arguments)
 

@@ -2,6 +2,7 @@
 
 CPU, no network. What needs pretrained weights skips where torch.hub's cache does not have them.
 """
+import csv
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.utils import save_image
 
 import hallusr
@@ -184,12 +186,14 @@ def test_up_block_shares_features_between_the_domains():
         assert other.weight.grad is None
 
 
-def test_down_block_adds_finer_features_and_halves():
-    block, image = DownBlock(4, 6), images(2, 3, 8, 8)
-    lifted = hallusr.activation(block.from_image(image))
-    assert block(image).shape == (2, 6, 4, 4)
-    cancelled = block(image, -lifted)  # what is left are the biases, zero at the start
-    torch.testing.assert_close(cancelled, torch.zeros_like(cancelled))
+def test_down_block_against_plain_convolutions():
+    block, image, finer = DownBlock(4, 6), images(2, 3, 8, 8), torch.randn(2, 4, 8, 8)
+    h = F.leaky_relu(F.conv2d(image, block.from_image.weight, block.from_image.bias), 0.2) + finer
+    h = F.leaky_relu(F.conv2d(h, block.conv1.weight, block.conv1.bias, padding=1), 0.2)
+    h = F.leaky_relu(F.conv2d(h, block.conv2.weight, block.conv2.bias, padding=1), 0.2)
+    means = h.view(2, 6, 4, 2, 4, 2).mean((3, 5))
+    torch.testing.assert_close(block(image, finer), means)
+    torch.testing.assert_close(block(image), block(image, torch.zeros_like(finer)))
 
 
 @pytest.mark.parametrize("channels", [0, 3])
@@ -202,6 +206,15 @@ def test_discriminator_sees_every_scale_and_the_condition(channels):
     logits.sum().backward()
     for seen in [*pyramid, condition][:2 + bool(channels)]:
         assert seen.grad.abs().sum() > 0
+
+
+def test_every_parameter_takes_part():
+    G, D = Generator(5, (8, 6, 4), 4, 2), Discriminator((8, 6, 4), 4, 2, 3)
+    made, gradients = G(levels(2, 3, 4, 4), torch.randn(2, 5))
+    logits = D(made, torch.rand(2, 3, 4, 4))
+    (logits.square().sum() + sum(g.square().sum() for g in gradients)).backward()
+    for name, parameter in [*G.named_parameters(), *D.named_parameters()]:
+        assert parameter.grad.abs().sum() > 0, name
 
 
 def test_discriminator_judges_each_image_by_itself():
@@ -367,13 +380,30 @@ def test_mean_decibel_averages_errors():
 
 
 @needs_lpips
-def test_lpips_orders_and_maps():
-    lpips, truth = LPIPS(), levels(2, 3, 64, 64)
-    blurred = hallusr.upscale_bicubic(hallusr.downscale(truth, 8), 8)
-    assert torch.equal(lpips(truth, truth), torch.zeros(2))
-    assert (lpips(blurred, truth) > lpips(0.9 * truth, truth)).all()
-    assert lpips.maps(blurred, truth).shape == (2, 64, 64)
-    assert (lpips.maps(blurred, truth) >= 0).all()
+def test_lpips_against_plain_convolutions():
+    checkpoints = Path(torch.hub.get_dir()) / "checkpoints"
+    alexnet = torch.load(checkpoints / "alexnet-owt-7be5be79.pth", map_location="cpu")
+    linear = torch.load(checkpoints / LPIPS.FILE, map_location="cpu")
+
+    def features(x):
+        x = x - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)
+        x = x / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+        for i, stride, padding in ((0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1)):
+            x = F.max_pool2d(x, 3, 2) if i in (3, 6) else x
+            weight, bias = alexnet[f"features.{i}.weight"], alexnet[f"features.{i}.bias"]
+            x = F.conv2d(x, weight, bias, stride, padding).relu()
+            yield F.normalize(x, dim=1, eps=1e-10)
+
+    lpips, a, b = LPIPS(), levels(2, 3, 64, 48), levels(2, 3, 64, 48)
+    distance, maps = torch.zeros(2), torch.zeros(2, 64, 48)
+    for i, (x, y) in enumerate(zip(features(a), features(b))):
+        weights = linear[f"lin{i}.model.1.weight"].view(-1, 1, 1)
+        layer = (weights * (x - y) ** 2).sum(1)
+        distance += layer.mean((1, 2))
+        maps += F.interpolate(layer[:, None], (64, 48), mode="bilinear")[:, 0]
+    torch.testing.assert_close(lpips(a, b), distance)
+    torch.testing.assert_close(lpips.maps(a, b), maps)
+    assert torch.equal(lpips(a, a), torch.zeros(2))
 
 
 @needs_lpips
@@ -381,7 +411,7 @@ def test_lpips_orders_and_maps():
                     "folder with ex_ref.png, ex_p0.png, ex_p1.png of the LPIPS authors")
 def test_lpips_reproduces_the_published_pair():
     folder = Path(os.environ["LPIPS_REFERENCE"])
-    truth, p0, p1 = (hallusr.from_uint8(hallusr.read_image(folder / f"ex_{name}.png"))[None]
+    truth, p0, p1 = (hallusr.from_levels(train.read_image(folder / f"ex_{name}.png"))[None]
                      for name in ("ref", "p0", "p1"))
     assert LPIPS()(truth, p0).item() == pytest.approx(0.722, abs=5e-4)
     assert LPIPS()(truth, p1).item() == pytest.approx(0.138, abs=5e-4)
@@ -391,8 +421,9 @@ class Bicubic(torch.nn.Module):
     """A stand-in generator whose scores are known: bicubic, plus z's mean as brightness."""
     scale, z_dim = 4, 5
 
-    def sample(self, lr, z):
-        return hallusr.quantize(hallusr.upscale_bicubic(lr, 4) + z.mean(1)[:, None, None, None])
+    def forward(self, lr, z):
+        image = hallusr.upscale_bicubic(lr, 4) + z.mean(1)[:, None, None, None]
+        return [image], [hallusr.image_gradient(image)]
 
 
 def test_evaluate_scores_what_the_generator_makes():
@@ -408,8 +439,44 @@ def test_evaluate_scores_what_the_generator_makes():
     assert torch.equal(rows["hallucination"]["psnr"], again["hallucination"]["psnr"])
     still = hallusr.evaluate(Bicubic(), hr, samples=3, temperature=0.0)
     assert torch.equal(still["hallucination"]["pixel_std"], torch.zeros(60))
-    exact = hallusr.summarize(hallusr.evaluate(Bicubic(), 0.5 * hr, samples=3, project=True))
-    assert exact["SR"]["lr_psnr"] > 50 > hallusr.summarize(rows)["bicubic"]["lr_psnr"]
+    projected = hallusr.evaluate(sample.Projected(Bicubic()), 0.5 * hr, samples=3)
+    exact = hallusr.summarize(projected)["SR"]["lr_psnr"]
+    assert exact > 50 > hallusr.summarize(rows)["bicubic"]["lr_psnr"]
+
+
+def test_upscale_bicubic_against_its_kernel():
+    def weight(t):  # Keys' kernel with a = -0.75, as torch documents
+        t = abs(t)
+        return (1.25 * t ** 3 - 2.25 * t ** 2 + 1 if t <= 1 else
+                -0.75 * (t ** 3 - 5 * t ** 2 + 8 * t - 4) if t < 2 else 0.0)
+    row = torch.tensor([0.1, 0.5, -0.2, 0.3])
+    expected = []
+    for i in range(8):
+        centre = (i + 0.5) / 2 - 0.5
+        expected.append(sum(weight(centre - j) * row[min(max(j, 0), 3)] for j in range(-2, 6)))
+    found = hallusr.upscale_bicubic(row.expand(1, 1, 4, 4), 2)[0, 0, 3]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert hallusr.upscale_bicubic(torch.ones(1, 1, 2, 2) * 3, 2).max() == 1
+
+
+def test_contact_sheet_shows_every_column_in_order():
+    lr, hr = levels(2, 3, 4, 4), levels(2, 3, 16, 16)
+    z = torch.tensor([[0.4] * 5, [-0.4] * 5])
+    sheet = hallusr.contact_sheet(Bicubic(), lr, z, hr)
+    assert sheet.shape == (3, 4 * 17 + 1, 7 * 17 + 1)  # 2 faces x 2 rows; 16 pixels and a margin
+
+    def tile(row, column):
+        return sheet[:, 17 * row + 1:17 * row + 17, 17 * column + 1:17 * column + 17]
+    bicubic = hallusr.upscale_bicubic(lr, 4)[1]
+    brighter, darker = (hallusr.quantize(bicubic + shift) for shift in (0.4, -0.4))
+    spread = (hallusr.to_levels(brighter) - hallusr.to_levels(darker)).abs() / 2 / 64
+    expected = [hallusr.upscale_nearest(lr, 4)[1] / 2 + 0.5, bicubic / 2 + 0.5, None,
+                brighter / 2 + 0.5, darker / 2 + 0.5, spread.clamp(max=1), hr[1] / 2 + 0.5]
+    for column, picture in enumerate(expected):
+        if picture is not None:
+            torch.testing.assert_close(tile(2, column), picture, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tile(3, 6), hallusr.image_gradient(hr)[1].clamp(max=1))
+    assert tile(3, 5).max() == 0
 
 
 # ---- Wrong input ------------------------------------------------------------------------------
@@ -430,11 +497,15 @@ G4 = dict(z_dim=5, widths=(8, 6, 4), scale=4, blocks=1)
     (lambda: Generator(**G4)(images(2, 3, 4, 4), torch.randn(2, 6)), r"\(2, 5\), got \(2, 6\)"),
     (lambda: Discriminator((8, 6, 4), 4, 1)([images(2, 3, 16, 16)]), "2 scales, got 1"),
     (lambda: Discriminator((8, 6, 4), 4, 1, 3)(hallusr.pyramid(images(2, 3, 16, 16), 2)),
-     r"condition must have shape \(2, 3, 4, 4\), got None"),
+     r"condition must have shape \(2, 3, 4, 4\).*got None"),
+    (lambda: Discriminator((8, 6), 2, 1, 0)([images(2, 3, 8, 8)], images(2, 3, 4, 4)),
+     r"none at all for 0 channels.*got \(2, 3, 4, 4\)"),
+    (lambda: train.draw_face(train.SketchFaces(1).attributes(0), 12), "multiple of 8, got 12"),
     (lambda: PerceptualLoss("relu9_9"), "relu2_2.*got 'relu9_9'"),
     (lambda: hallusr.downscale(images(1, 3, 12, 12), 8), "multiples of 8, got 12 x 12"),
     (lambda: hallusr.image_gradient(images(3, 4, 4)), r"\(N, C, H, W\), got \(3, 4, 4\)"),
     (lambda: hallusr.project_onto_lr(images(1, 3, 8, 8), images(1, 3, 4, 2)), "one multiple"),
+    (lambda: hallusr.project_onto_lr(images(2, 3, 8, 8), images(1, 3, 4, 4)), "one image for each"),
     (lambda: hallusr.consistency(images(1, 3, 8, 8), images(1, 3, 2, 2), 0.1, 8), "one shape"),
     (lambda: hallusr.consistency(images(1, 3, 8, 8), images(1, 3, 1, 1), -1, 8), "eps must be"),
     (lambda: hallusr.gradient_loss(images(2, 3, 4, 4), images(1, 3, 4, 4)), "one shape"),
@@ -455,7 +526,7 @@ def test_wrong_arguments_are_named(call, words):
 
 def test_checkpoint_loads_with_plain_torch_and_gives_the_same_images(tmp_path):
     config = Config(**TINY)
-    G = hallusr.build_generator(config).half().float()
+    G = hallusr.build_generator(config).half().float()  # so that half precision loses nothing
     hallusr.save_checkpoint(tmp_path / "full.pt", config, G, step=7)
     hallusr.save_checkpoint(tmp_path / "half.pt", config, G.half())
     assert torch.load(tmp_path / "full.pt")["step"] == 7
@@ -506,30 +577,103 @@ def run_training(out, *flags):
 def test_resumed_training_is_equal_bit_by_bit(tmp_path):
     whole = run_training(tmp_path / "whole", "--steps", "6", "--r1-every", "2")
     run_training(tmp_path / "part", "--steps", "3", "--r1-every", "2")
-    resumed = run_training(tmp_path / "part", "--steps", "6",
-                           "--resume", str(tmp_path / "part/last.pt"))
+    train.main(["--resume", str(tmp_path / "part/last.pt"), "--steps", "6", "--device", "cpu",
+                "--no-amp", "--log-every", "1"])
+    resumed = torch.load(tmp_path / "part/last.pt")
     assert whole["step"] == resumed["step"] == 6
     for name in ("generator", "G", "D"):
         for key, value in whole[name].items():
             assert torch.equal(value, resumed[name][key]), key
     rows = [(tmp_path / f"{run}/log.csv").read_text().splitlines() for run in ("whole", "part")]
-    for a, b in zip(*rows, strict=True):  # all columns but the speed
-        assert a.split(",")[::2][1:] == b.split(",")[::2][1:]
+    for a, b in zip(*rows, strict=True):
+        a, b = a.split(","), b.split(",")
+        assert a[:1] + a[2:] == b[:1] + b[2:]  # all columns but images_per_s
 
 
 @pytest.mark.parametrize("frozen, moving", [("lr_g", "D"), ("lr_d", "G")])
-def test_each_step_moves_its_own_player_only(tmp_path, frozen, moving):
-    content = run_training(tmp_path, "--steps", "1", f"--{frozen.replace('_', '-')}", "1e-30")
+def test_each_step_moves_its_own_player_and_the_right_way(tmp_path, frozen, moving):
+    rates = dict(lr_g=2e-3, lr_d=2e-3) | {frozen: 1e-30}
+    flags = f"--steps 60 --batch 8 --lr-g {rates['lr_g']} --lr-d {rates['lr_d']} --beta 1 --tie 0"
+    content = run_training(tmp_path, *flags.split(), "--gamma", "0", "--alpha", "0")
     fresh = train.Networks(Config(**TINY, hard_consistency=True), "cpu")
     for name in ("G", "D"):
         before, after = getattr(fresh, name).state_dict(), content[name]
         same = [torch.allclose(before[key], after[key], rtol=0, atol=1e-20) for key in before]
         assert not all(same) if name == moving else all(same), name
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+
+    def change(value):
+        early, late = rows[:5], rows[-5:]
+        return (sum(map(value, late)) - sum(map(value, early))) / 5
+    for which in ("I", "g"):
+        if moving == "D":  # real above fake, more and more
+            assert change(lambda row: float(row[f"D_{which}_real"])
+                          - float(row[f"D_{which}_fake"])) > 0.02
+        else:  # G raises what a fixed D says of its images
+            assert change(lambda row: float(row[f"D_{which}_fake"])) > 0.02
+
+
+def test_running_average_follows_and_forgets():
+    nets = train.Networks(Config(**TINY), "cpu")
+    before = [p.clone() for p in nets.ema.parameters()]
+    with torch.no_grad():
+        for parameter in nets.G.parameters():
+            parameter.add_(1)
+    nets.update_ema(0.9, step=10_000)
+    for old, average in zip(before, nets.ema.parameters()):
+        torch.testing.assert_close(average, old + 0.1)
+    nets.update_ema(0.9, step=0)  # a tenth is kept of the very first weights
+    for old, average in zip(before, nets.ema.parameters()):
+        torch.testing.assert_close(average, old + 0.1 * 0.1 + 0.9)
+
+
+def test_the_best_row_is_found_among_missing_values(tmp_path):
+    table = train.Table(tmp_path / "valid.csv", 0)
+    for step, row in enumerate([{"psnr": 20.0}, {"psnr": 21.0, "lpips": 0.3}, {"psnr": 19.0}]):
+        table.write({"step": step} | row)
+    assert not table.last_is_best("psnr", 1) and table.last_is_best("psnr", -1)
+    again = train.Table(tmp_path / "valid.csv", start=1)
+    assert [row["psnr"] for row in again.rows] == ["20.0", "21.0"]
+    assert again.last_is_best("lpips", -1)
+
+
+class Oracle(torch.nn.Module):
+    """Knows what LR hides: draws one of the four faces, chosen by the signs of z."""
+    scale, z_dim = 8, 2
+
+    def forward(self, lr, z):
+        faces = train.SketchFaces(len(lr), 64, seed=1)
+        chosen = [dict(smiling=bool(a > 0), glasses=bool(b > 0)) for a, b in z]
+        drawn = [train.draw_face(faces.attributes(i) | kind) for i, kind in enumerate(chosen)]
+        return [torch.stack(drawn)], None
+
+
+def test_what_was_hidden_is_counted(capsys):
+    train.report_hidden(Oracle(), Config(z_dim=2), "cpu", faces=10, samples=40)
+    printed = capsys.readouterr().out
+    smiles, glasses = map(int, re.findall(r"(\d+)% \(", printed))
+    assert 45 < smiles < 55 and 45 < glasses < 55 and "4.0 of the 4" in printed
+
+
+def test_photos_are_cropped_upright(tmp_path):
+    picture = torch.zeros(3, 40, 60)
+    picture[0, :, 10:50] = 1.0  # the centre square is red
+    save_image(picture, tmp_path / "wide.png")
+    assert train.read_photo(tmp_path / "wide.png", 20).view(3, -1).unique(dim=1).T.tolist() == [
+        [255, 0, 0]]
+    turned = Image.new("RGB", (4, 2))
+    turned.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees: top left goes to the top right
+    turned.save(tmp_path / "turned.png", exif=exif)
+    upright = train.read_image(tmp_path / "turned.png")
+    assert upright.shape == (3, 4, 2) and upright[0, 0].tolist() == [0, 255]
 
 
 def test_it_learns_a_batch_by_heart(tmp_path):
     for i in range(4):
-        save_image(hallusr.from_uint8(train.SketchFaces(4, 32)[i]) / 2 + 0.5, tmp_path / f"{i}.png")
+        save_image(train.SketchFaces(4, 32)[i] / 255, tmp_path / f"{i}.png")
     run_training(tmp_path / "run", "--data", str(tmp_path), "--val", str(tmp_path), "--batch", "4",
                  "--steps", "200", "--widths", "24,16,12", "--val-every", "200",
                  "--log-every", "50", "--lr-g", "2e-3", "--lr-d", "2e-3", "--ema", "0.9")
@@ -567,8 +711,21 @@ def test_nan_stops_training_and_overwrites_nothing(tmp_path, monkeypatch):
     before = (tmp_path / "last.pt").read_bytes()
     monkeypatch.setattr(train, "diversity_loss", lambda *_: torch.tensor(math.nan))
     with pytest.raises(FloatingPointError, match="L_z became nan"):
-        run_training(tmp_path)
+        train.main(["--resume", str(tmp_path / "last.pt"), "--steps", "9", "--val-every", "1",
+                    "--log-every", "100", "--device", "cpu"])
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
+    run_training(tmp_path / "mine")
+    with pytest.raises(ValueError, match="mine holds a run already"):
+        run_training(tmp_path / "mine")
+    with pytest.raises(ValueError, match="has its 2 steps already"):
+        train.main(["--resume", str(tmp_path / "mine/last.pt"), "--device", "cpu"])
+    monkeypatch.chdir(tmp_path)
+    assert train.find_out(train.parse_arguments(["--data", "x/mine"])) == Path("runs/mine")
+    Path("runs/mine").mkdir(parents=True)
+    assert train.find_out(train.parse_arguments(["--data", "x/mine"])) == Path("runs/mine-2")
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, monkeypatch, capsys):
@@ -581,26 +738,34 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train.Report, "add", add_then_interrupt)
     content = run_training(tmp_path, "--steps", "9", "--log-every", "5")
     assert content["step"] == 1
-    assert f"--resume {tmp_path / 'last.pt'}" in capsys.readouterr().out
+    assert f"python train.py --resume {tmp_path / 'last.pt'}\n" in capsys.readouterr().out
 
 
 def test_every_setting_is_a_flag_that_overrides_the_preset():
     for item in fields(Config):
         assert item.metadata["help"].endswith(")")  # ends with its source
-    arguments = train.parse_arguments(["--data", "x", "--tie", "0.5", "--no-hard-consistency"])
-    config = train.settings_of(arguments)
+    def settings(words):
+        return train.prepare(train.parse_arguments(shlex.split(words)))
+    config = settings("--data x --tie 0.5 --no-hard-consistency")
     assert (config.tie, config.hard_consistency, config.lr_g) == (0.5, False, 5e-4)
-    printed = train.parse_arguments(["--data", "x", "--preset", "paper"])
-    assert train.settings_of(printed) == Config()
-    assert train.deviations(Config()) == []
+    assert settings("--data x --preset paper") == Config()
+    assert train.deviations(Config()) == [] and len(train.deviations(settings(""))) == 4
+
+
+def test_resume_takes_data_and_settings_from_the_run(tmp_path):
+    run_training(tmp_path, "--alpha", "3")
+    arguments = train.parse_arguments(["--resume", str(tmp_path / "last.pt"), "--steps", "7"])
+    config = train.prepare(arguments)
+    assert (config.alpha, config.steps, arguments.sketches) == (3.0, 7, 20)
+    assert arguments.out == tmp_path
 
 
 def test_celeba_uses_the_official_split(monkeypatch):
     def celeba(root, split, target_type, transform):
-        from PIL import Image
         return [(transform(Image.new("RGB", (178, 218), (200, 10, 30))), None)]
     monkeypatch.setattr(train, "CelebA", celeba)
-    faces, _ = train.load_faces(train.parse_arguments(["--data", "celeba"]), Config(**TINY))
+    arguments = train.parse_arguments(["--data", "celeba", "--root", "data"])
+    faces, _ = train.load_faces(arguments, Config(**TINY))
     assert faces.shape == (1, 3, 16, 16) and faces.dtype == torch.uint8
     assert faces[0, :, 5, 5].tolist() == [200, 10, 30]
 
@@ -608,12 +773,21 @@ def test_celeba_uses_the_official_split(monkeypatch):
 # ---- The scripts, as users run them -----------------------------------------------------------
 
 
+def run_here(command, folder, monkeypatch, capsys):
+    """Run a command line in a folder, in this process; returns what it printed."""
+    python, script, *words = shlex.split(command)
+    assert python == "python"
+    monkeypatch.chdir(folder)
+    {"train.py": train, "sample.py": sample}[script].main(words)
+    return capsys.readouterr().out
+
+
 def run_script(command, folder):
-    """Run a shell-like command line in a folder; returns (exit code, all it printed)."""
-    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    words = [str(HERE / word) if word in ("train.py", "sample.py") else word for word in words]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    """The same in a process of its own; returns (exit code, all it printed)."""
+    python, script, *words = shlex.split(command)
+    assert python == "python"
+    done = subprocess.run([sys.executable, str(HERE / script), *words], cwd=folder, timeout=300,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout + done.stderr
 
 
@@ -639,39 +813,52 @@ def readme_commands():
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_readme_command(command, workplace):
+def test_readme_command(command, workplace, tmp_path, monkeypatch, capsys):
     if "train.py" in command:
         flags = TINY_FLAGS if "--resume" not in command else "--steps 3 --device cpu --no-amp"
-        command += f" {flags} --out runs/photos"
+        command += f" {flags} --out {tmp_path}"
     elif "--evaluate" in command and not LPIPS.at_hand():
         pytest.skip("LPIPS weights are not in TORCH_HOME")
-    code, printed = run_script(command, workplace)
     if "--data celeba" in command:
-        assert code == 1 and "no CelebA below data" in printed
+        with pytest.raises(FileNotFoundError, match="no CelebA below data"):
+            run_here(command, workplace, monkeypatch, capsys)
     else:
-        assert code == 0, printed
+        printed = run_here(command, workplace, monkeypatch, capsys)
         assert "written to" in printed or "grid.png" in printed
 
 
-def test_sample_writes_what_it_promises(workplace):
-    code, printed = run_script("python sample.py me.jpg --checkpoint runs/photos/last.pt "
-                               "--samples 3 --project --walk --out made", workplace)
-    assert code == 0, printed
+def test_both_scripts_run_on_their_own(workplace, tmp_path):
+    code, printed = run_script(f"python train.py {TINY_FLAGS} --out {tmp_path}", workplace)
+    assert code == 0 and (tmp_path / "grid.png").exists(), printed
+    checkpoint = tmp_path / "last.pt"
+    code, printed = run_script(f"python sample.py me.jpg --checkpoint {checkpoint}", workplace)
+    assert code == 0 and (workplace / "samples/me/grid.png").exists(), printed
+
+
+def test_sample_writes_what_it_promises(workplace, monkeypatch, capsys):
+    printed = run_here("python sample.py me.jpg --checkpoint runs/photos/last.pt --samples 3 "
+                       "--project --walk --out made", workplace, monkeypatch, capsys)
+    assert "LR of 8x8 pixels, from its centre square, resized to 32" in printed
     names = {path.name for path in (workplace / "made/me").iterdir()}
     assert names == {"grid.png", "lr.png", "sr.png", "hallucination_1.png", "hallucination_2.png",
                      "hallucination_3.png", "mean.png", "std.png", "walk.gif"}
-    made = [hallusr.read_image(workplace / f"made/me/hallucination_{k}.png") for k in (1, 2, 3)]
+    made = [train.read_image(workplace / f"made/me/hallucination_{k}.png") for k in (1, 2, 3)]
     assert not torch.equal(made[0], made[1]) and made[0].shape == (3, 32, 32)
-    torch.testing.assert_close(hallusr.read_image(workplace / "made/me/mean.png").float(),
-                               torch.stack(made).float().mean(0), atol=0.51, rtol=0)
+    mean, std = (train.read_image(workplace / f"made/me/{name}.png") for name in ("mean", "std"))
+    stacked = torch.stack(made).float()
+    torch.testing.assert_close(mean.float(), stacked.mean(0), atol=0.51, rtol=0)
+    expected = (stacked.std(0, correction=0) / 64 * 255).clamp(max=255)
+    torch.testing.assert_close(std.float(), expected, atol=0.51, rtol=0)
+    with Image.open(workplace / "made/me/walk.gif") as walk:
+        assert walk.n_frames > 20 and walk.size == (96, 96)
 
 
-def test_a_sample_of_an_lr_file_shrinks_to_that_file(workplace):
-    code, printed = run_script("python sample.py small.png --lr --checkpoint runs/photos/last.pt "
-                               "--samples 2 --project --out made", workplace)
-    assert code == 0 and "LR of 8x8 pixels" in printed
-    made = hallusr.from_uint8(hallusr.read_image(workplace / "made/small/hallucination_2.png"))
-    lr = hallusr.from_uint8(hallusr.read_image(workplace / "small.png"))
+def test_a_sample_of_an_lr_file_shrinks_to_that_file(workplace, monkeypatch, capsys):
+    printed = run_here("python sample.py small.png --lr --checkpoint runs/photos/last.pt "
+                       "--samples 2 --project --out made", workplace, monkeypatch, capsys)
+    assert "LR of 8x8 pixels, as it is" in printed
+    made = hallusr.from_levels(train.read_image(workplace / "made/small/hallucination_2.png"))
+    lr = hallusr.from_levels(train.read_image(workplace / "small.png"))
     assert hallusr.lr_psnr(made[None], lr[None]) > 30
 
 
@@ -687,14 +874,32 @@ def test_evaluate_writes_json_with_every_row(workplace):
 
 
 @pytest.mark.parametrize("command, words", [
-    ("python train.py --data nowhere", "train.py: no folder nowhere"),
     ("python train.py --data photos --size 128", r"is 64x70 pixels, expected at least 128x128"),
+    ("python train.py --data empty", "expected at least 2 images .* below empty, found 0"),
     ("python train.py --scale 3", "power of two.*got 3"),
+    ("python train.py --preset paper --resume runs/photos/last.pt", "no --preset"),
     ("python train.py --resume nowhere.pt", "no checkpoint at nowhere.pt"),
-    ("python sample.py me.jpg --checkpoint me.jpg", "me.jpg is damaged or no checkpoint"),
     ("python sample.py photos --checkpoint runs/photos/last.pt", "photos cannot be read"),
     ("python sample.py --checkpoint runs/photos/last.pt", "nothing to do"),
+    ("python sample.py me.jpg photos/me.jpg --checkpoint runs/photos/last.pt", "have one name"),
 ])
-def test_mistakes_end_with_one_sentence(command, words, workplace):
+def test_mistakes_are_named(command, words, workplace, monkeypatch, capsys):
+    (workplace / "empty").mkdir(exist_ok=True)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        run_here(command, workplace, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("command, words, expected", [
+    ("python train.py --data nowhere --perceptual pixels", "^train.py: no folder nowhere$", 1),
+    ("python train.py --widths a,b", "argument --widths: invalid counts value: 'a,b'", 2),
+    ("python sample.py me.jpg --checkpoint me.jpg", "^sample.py: me.jpg is damaged or no", 1),
+])
+def test_mistakes_end_with_one_sentence(command, words, expected, workplace):
     code, printed = run_script(command, workplace)
-    assert code == 1 and re.search(words, printed) and "Traceback" not in printed, printed
+    assert code == expected and re.search(words, printed, re.M) and "Traceback" not in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_missing_gpu_is_named():
+    with pytest.raises(ValueError, match="finds no GPU"):
+        train.find_device("cuda")

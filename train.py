@@ -5,14 +5,16 @@
     python train.py --data celeba --root DIR
 
 Writes into --out: last.pt and best.pt (checkpoints), grid.png (look at it), log.csv, valid.csv.
-Stop it with Ctrl-C at any time; `python train.py --resume RUN/last.pt` goes on exactly.
+Stop it with Ctrl-C at any time; `python train.py --resume OUT/last.pt` goes on exactly.
 """
 from __future__ import annotations
 
 import argparse
 import copy
 import csv
+import itertools
 import math
+import shlex
 import signal
 import sys
 import time
@@ -20,20 +22,173 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageOps  # Pillow comes with torchvision
 from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CelebA
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-from hallusr import (LPIPS, Config, Discriminator, PerceptualLoss, build_generator, consistency,
-                     contact_sheet, discriminator_loss, diversity_loss, downscale, evaluate,
-                     from_uint8, generator_loss, gradient_loss, hallucination_loss, image_gradient,
-                     load_checkpoint, load_weights, project_onto_lr, pyramid, quantize, r1_penalty,
-                     read_photo, recommended, reconstruction_loss, require, save_checkpoint,
-                     scale_levels, summarize, to_levels)
+from hallusr import (LPIPS, RECOMMENDED, Config, Discriminator, PerceptualLoss, build_generator,
+                     consistency, contact_sheet, discriminator_loss, diversity_loss, downscale,
+                     evaluate, from_levels, generator_loss, gradient_loss, hallucination_loss,
+                     image_gradient, load_checkpoint, load_weights, project_onto_lr, pyramid,
+                     quantize, r1_penalty, reconstruction_loss, require, sample, save_checkpoint,
+                     summarize, to_levels)
 
-# ---- Faces ------------------------------------------------------------------------------------
+# ---- Training -----------------------------------------------------------------------------------
+
+
+def train(config: Config, arguments, perceptual, faces, valid):
+    """Train until config.steps or Ctrl-C. Logs, pictures and checkpoints go to arguments.out."""
+    device, levels, B = arguments.device, len(config.widths) - 1, config.batch
+    nets = Networks(config, device)
+    start = resume(nets, config, arguments)
+    G, D_I, D_g = (torch.compile(net) if arguments.compile else net
+                   for net in (nets.G, nets.D_I, nets.D_g))
+    report = (Stopwatch if arguments.benchmark else Report)(config, arguments, nets, valid, start)
+    amp = autocast(arguments)
+
+    for step in range(start, config.steps):
+        hr, z1, z2 = batch_at(faces, config, step, device)
+        lr = quantize(downscale(hr, config.scale))
+        real_I = pyramid(hr, levels)
+        real_g = [image_gradient(image) for image in real_I]
+        zero = torch.zeros_like(lr)
+
+        # G once, three versions of every face: (1) the reconstruction at z = 0, (2) at z1 and z2.
+        with amp:
+            all_I, all_g = G(lr.repeat(3, 1, 1, 1), torch.cat([torch.zeros_like(z1), z1, z2]))
+        sr, h1, h2 = all_I[-1].chunk(3)
+        g_sr, g1, g2 = all_g[-1].chunk(3)
+        fake_I, fake_g = first(2 * B, all_I), first(2 * B, all_g)  # SR and z1: z2 is for (8) alone
+        excess = consistency(fake_I[-1], lr.repeat(2, 1, 1, 1), config.eps, config.scale)  # F
+
+        # D step: minimise -log D(real) - log(1 - D(fake)) for D_I and D_g, with R1 now and then.
+        with amp:
+            both_I = D_I(join(real_I, fake_I), torch.cat([zero, excess.detach()])).float()
+            both_g = D_g(join(real_g, fake_g)).float()
+        D_loss = (discriminator_loss(both_I[:B], both_I[B:])
+                  + discriminator_loss(both_g[:B], both_g[B:]))
+        r1 = torch.zeros((), device=device)
+        # R1 seldom, but then with the weight of all steps (D7); torch.compile can not do it.
+        if step % config.r1_every == 0:
+            r1 = config.r1_every * (r1_of(nets.D_I, real_I, zero) + r1_of(nets.D_g, real_g))
+        nets.opt_D.zero_grad()
+        (D_loss + config.r1_gamma / 2 * r1).backward()
+        nets.opt_D.step()
+
+        # G step: minimise (10) for z = 0 plus (11) for z1, z2, against the D just improved.
+        nets.D.requires_grad_(False)  # G needs the slope through D, nobody needs D's own now
+        with amp:
+            l_percp = perceptual(sr, hr)
+            sr_I, h_I = D_I(fake_I, excess).float().chunk(2)
+            sr_g, h_g = D_g(fake_g).float().chunk(2)
+        l_grad = gradient_loss(g_sr, real_g[-1])
+        l_z = diversity_loss(g1, g2, z1, z2, config.tau)
+        recons = reconstruction_loss(l_percp, l_grad, generator_loss(sr_g), generator_loss(sr_I),
+                                     config.gamma, config.beta)
+        halluc = hallucination_loss(generator_loss(h_g), generator_loss(h_I), l_z, config.alpha)
+        tie = gradient_loss(all_g[-1], image_gradient(all_I[-1]))  # D10
+        nets.opt_G.zero_grad()
+        (recons + halluc + config.tie * tie).backward()
+        nets.opt_G.step()
+        nets.D.requires_grad_(True)
+        nets.update_ema(config.ema, step)
+
+        report.add(D_I_real=both_I[:B], D_I_fake=both_I[B:], D_g_real=both_g[:B],
+                   D_g_fake=both_g[B:], R1=r1, L_percp=l_percp, L_grad=l_grad, L_z=l_z, tie=tie,
+                   F=excess, image_moves=(h1 - h2).abs() * 127.5)
+        if report.after(step + 1):
+            break
+    report.goodbye()
+
+
+def autocast(arguments):
+    """bfloat16 inside convolutions where --amp says so; master weights and losses stay float32."""
+    return torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.amp)
+
+
+def first(count: int, images: list) -> list:
+    """The first `count` of the batch, at every scale."""
+    return [image[:count] for image in images]
+
+
+def join(real: list, fake: list) -> list:
+    """Real, then fake images at every scale in one batch for D; nothing here flows back to G."""
+    return [torch.cat([r, f.detach()]) for r, f in zip(real, fake)]
+
+
+def r1_of(D, images: list, condition=None) -> torch.Tensor:
+    """R1 of one discriminator at real images, in float32: two derivatives need the digits."""
+    images = [image.detach().requires_grad_() for image in images]
+    return r1_penalty(D(images, condition), images)
+
+
+def make_perceptual(config: Config) -> torch.nn.Module:
+    """(6), or L1 on pixels where the settings say so (D12)."""
+    pixels = config.perceptual == "pixels"
+    return torch.nn.L1Loss() if pixels else PerceptualLoss(config.perceptual)
+
+
+def resume(nets: Networks, config: Config, arguments) -> int:
+    """Load --resume, if given; return the step to go on with."""
+    if not arguments.resume:
+        return 0
+    content = load_checkpoint(arguments.resume, arguments.device)[1]
+    require("opt_G" in content, f"{arguments.resume} holds a generator alone: it can be sampled, "
+                                "but training cannot go on from it")
+    require(content["step"] < config.steps, f"{arguments.resume} has its {content['step']} steps "
+                                            "already: ask for more with --steps")
+    nets.load(content, arguments.resume)
+    return content["step"]
+
+
+# ---- The networks and their state ---------------------------------------------------------------
+
+
+class Networks:
+    """G, its running average, D_I, D_g and the two optimisers: all that a checkpoint holds."""
+
+    def __init__(self, config: Config, device):
+        torch.manual_seed(config.seed)
+        shape = (config.widths, config.scale, config.blocks)
+        self.G = build_generator(config)
+        self.ema = copy.deepcopy(self.G).requires_grad_(False)
+        self.D_I = Discriminator(*shape, condition_channels=3)
+        self.D_g = Discriminator(*shape)
+        self.D = torch.nn.ModuleList([self.D_I, self.D_g])
+        for module in (self.G, self.ema, self.D):  # the layout in which convolutions are fastest
+            module.to(device, memory_format=torch.channels_last)
+        betas = (0.0, 0.9)  # section 4.1: no momentum, with which two players overshoot
+        self.opt_G = torch.optim.Adam(self.G.parameters(), config.lr_g, betas)
+        self.opt_D = torch.optim.Adam(self.D.parameters(), config.lr_d, betas)
+
+    def state(self) -> dict:
+        """State dicts of all but the running average, which the checkpoint has as `generator`."""
+        return {name: getattr(self, name).state_dict() for name in ("G", "D", "opt_G", "opt_D")}
+
+    def load(self, content: dict, path):
+        """Take up a checkpoint. Learning rates stay those of the settings, not of the file."""
+        load_weights(self.ema, content["generator"], path)
+        load_weights(self.G, content["G"], path)
+        load_weights(self.D, content["D"], path)
+        for name in ("opt_G", "opt_D"):
+            optimizer = getattr(self, name)
+            rate = optimizer.defaults["lr"]
+            optimizer.load_state_dict(content[name])
+            optimizer.param_groups[0]["lr"] = rate
+
+    @torch.no_grad()
+    def update_ema(self, decay: float, step: int):
+        """Follow G; faster in the first steps, to forget the poor first weights."""
+        decay = min(decay, (1 + step) / (10 + step))
+        for average, current in zip(self.ema.parameters(), self.G.parameters()):
+            average.lerp_(current, 1 - decay)
+
+
+# ---- Faces --------------------------------------------------------------------------------------
 # Procedural, from a folder, or CelebA. All end as one uint8 tensor (N, 3, size, size): small images
 # decoded once and kept in memory cost the loop nothing.
 
@@ -51,7 +206,7 @@ class SketchFaces(Dataset):
         return self.count
 
     def __getitem__(self, i):
-        return to_uint8(draw_face(self.attributes(i), self.size))
+        return to_levels(draw_face(self.attributes(i), self.size)).to(torch.uint8)
 
     def attributes(self, i: int) -> dict:
         """All that is random in face i. Colours are in [-1, 1], lengths in eighths of the side."""
@@ -79,8 +234,10 @@ def draw_face(attributes: dict, size: int = 64) -> torch.Tensor:
 
     Shrunk to 8x8 (or less), faces that differ only in `smiling` and `glasses` are equal: a frown is
     the smile upside down inside one row of blocks, and the glasses' lenses shine by just as much
-    as their frame darkens, block by block.
+    as their frame darkens, block by block. Raises ValueError unless size is a multiple of 8.
     """
+    require(size % 8 == 0, f"sketches are made of 8x8 blocks: size must be a multiple of 8, "
+                           f"got {size}")
     a = attributes
     axis = (torch.arange(size) + 0.5) * 8 / size
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -124,9 +281,29 @@ def with_glasses(image, x, y, cover):
     return project_onto_lr(framed[None], downscale(image[None], image.shape[-1] // 8))[0]
 
 
-def to_uint8(image: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] to 8-bit values."""
-    return to_levels(image).to(torch.uint8)
+def read_photo(path: str | Path, size: int) -> torch.Tensor:
+    """A photo's centre square, resized: uint8 (3, size, size).
+
+    Raises ValueError, naming the file, when it is no image or smaller than size.
+    """
+    image = read_image(path)
+    side = min(image.shape[-2:])
+    require(side >= size, f"{path} is {image.shape[2]}x{image.shape[1]} pixels, expected at least "
+                          f"{size}x{size}")
+    square = v2.functional.center_crop(image, [side, side])
+    return v2.functional.resize(square, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
+
+
+def read_image(path: str | Path) -> torch.Tensor:
+    """Any image file, upright, as uint8 RGB (3, H, W).
+
+    Raises ValueError, naming the file, when it can not be read. Pillow comes with torchvision.
+    """
+    try:
+        with Image.open(path) as image:
+            return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,8 +325,14 @@ def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
 
 def stack(dataset: Dataset) -> torch.Tensor:
     """The whole dataset as one tensor. CelebA's items are (image, label) pairs."""
-    items = (dataset[i] for i in range(len(dataset)))
-    return torch.stack([item[0] if isinstance(item, tuple) else item for item in items])
+    faces = None
+    for i in range(len(dataset)):
+        item = dataset[i]
+        image = item[0] if isinstance(item, tuple) else item
+        if faces is None:  # filled in place: a list and its stack would take twice the memory
+            faces = torch.empty(len(dataset), *image.shape, dtype=image.dtype)
+        faces[i] = image
+    return faces
 
 
 class FolderFaces(Dataset):
@@ -197,158 +380,10 @@ def batch_at(faces: torch.Tensor, config: Config, step: int, device) -> tuple:
     z1, z2 = torch.randn(2, config.batch, config.z_dim, generator=rng)
     hr = faces[chosen]
     hr[mirrored] = hr[mirrored].flip(-1)
-    hr = from_uint8(hr.to(device, non_blocking=True))
-    return (hr, z1.to(device, non_blocking=True), z2.to(device, non_blocking=True))
+    return from_levels(hr.to(device)), z1.to(device), z2.to(device)
 
 
-# ---- The networks and their state ---------------------------------------------------------------
-
-
-class Networks:
-    """G, its running average, D_I, D_g and the two optimisers: all that a checkpoint holds."""
-
-    def __init__(self, config: Config, device):
-        torch.manual_seed(config.seed)
-        shape = (config.widths, config.scale, config.blocks)
-        self.G = build_generator(config)
-        self.ema = copy.deepcopy(self.G).requires_grad_(False)
-        self.D_I = Discriminator(*shape, condition_channels=3)
-        self.D_g = Discriminator(*shape)
-        self.D = torch.nn.ModuleList([self.D_I, self.D_g])
-        for module in (self.G, self.ema, self.D):  # the layout in which convolutions are fastest
-            module.to(device, memory_format=torch.channels_last)
-        betas = (0.0, 0.9)  # section 4.1: no momentum, with which two players overshoot
-        self.opt_G = torch.optim.Adam(self.G.parameters(), config.lr_g, betas)
-        self.opt_D = torch.optim.Adam(self.D.parameters(), config.lr_d, betas)
-
-    def state(self) -> dict:
-        """State dicts of all but the running average, which the checkpoint has as `generator`."""
-        return {name: getattr(self, name).state_dict() for name in ("G", "D", "opt_G", "opt_D")}
-
-    def load(self, content: dict, path):
-        """Take up a checkpoint. Learning rates stay those of the settings, not of the file."""
-        load_weights(self.ema, content["generator"], path)
-        load_weights(self.G, content["G"], path)
-        load_weights(self.D, content["D"], path)
-        for name in ("opt_G", "opt_D"):
-            optimizer = getattr(self, name)
-            rate = optimizer.defaults["lr"]
-            optimizer.load_state_dict(content[name])
-            optimizer.param_groups[0]["lr"] = rate
-
-    @torch.no_grad()
-    def update_ema(self, decay: float, step: int):
-        """Follow G; faster in the first steps, to forget the poor first weights."""
-        decay = min(decay, (1 + step) / (10 + step))
-        for average, current in zip(self.ema.parameters(), self.G.parameters()):
-            average.lerp_(current, 1 - decay)
-
-
-# ---- Training -----------------------------------------------------------------------------------
-
-
-def train(config: Config, arguments, faces, valid):
-    """Train until config.steps or Ctrl-C. Logs, pictures and checkpoints go to arguments.out."""
-    device, levels, B = arguments.device, scale_levels(config.scale), config.batch
-    nets = Networks(config, device)
-    start = resume(nets, arguments)
-    G, D_I, D_g = (compiled(net, arguments) for net in (nets.G, nets.D_I, nets.D_g))
-    perceptual = make_perceptual(config).to(device)
-    report = Report(config, arguments, nets, valid, start)
-    amp = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=arguments.amp)
-
-    for step in range(start, config.steps):
-        hr, z1, z2 = batch_at(faces, config, step, device)
-        lr = quantize(downscale(hr, config.scale))
-        real_I = pyramid(hr, levels)
-        real_g = [image_gradient(image) for image in real_I]
-        zero = torch.zeros_like(lr)
-
-        # G once, three versions of every face: (1) the reconstruction at z = 0, (2) at z1 and z2.
-        with amp:
-            all_I, all_g = G(lr.repeat(3, 1, 1, 1), torch.cat([torch.zeros_like(z1), z1, z2]))
-        sr, h1, h2 = all_I[-1].chunk(3)
-        g_sr, g1, g2 = all_g[-1].chunk(3)
-        fake_I, fake_g = first(2 * B, all_I), first(2 * B, all_g)  # SR and z1: z2 is for (8) alone
-        excess = consistency(fake_I[-1], lr.repeat(2, 1, 1, 1), config.eps, config.scale)  # F
-
-        # D step: minimise -log D(real) - log(1 - D(fake)) for D_I and D_g, with R1 now and then.
-        with amp:
-            both_I = D_I(join(real_I, fake_I), torch.cat([zero, excess.detach()])).float()
-            both_g = D_g(join(real_g, fake_g)).float()
-        D_loss = (discriminator_loss(both_I[:B], both_I[B:])
-                  + discriminator_loss(both_g[:B], both_g[B:]))
-        r1 = torch.zeros((), device=device)
-        if step % config.r1_every == 0:  # seldom, but then with the weight of all steps (D7)
-            r1 = config.r1_every * (r1_of(nets.D_I, real_I, zero) + r1_of(nets.D_g, real_g))
-        nets.opt_D.zero_grad()
-        (D_loss + config.r1_gamma / 2 * r1).backward()
-        nets.opt_D.step()
-
-        # G step: minimise (10) for z = 0 plus (11) for z1, z2, against the D just improved.
-        nets.D.requires_grad_(False)  # G's gradient passes through D without stopping there
-        with amp:
-            l_percp = perceptual(sr, hr)
-            sr_I, h_I = D_I(fake_I, excess).float().chunk(2)
-            sr_g, h_g = D_g(fake_g).float().chunk(2)
-        l_grad = gradient_loss(g_sr, real_g[-1])
-        l_z = diversity_loss(g1, g2, z1, z2, config.tau)
-        recons = reconstruction_loss(l_percp, l_grad, generator_loss(sr_g), generator_loss(sr_I),
-                                     config.gamma, config.beta)
-        halluc = hallucination_loss(generator_loss(h_g), generator_loss(h_I), l_z, config.alpha)
-        tie = gradient_loss(all_g[-1], image_gradient(all_I[-1]))  # D10
-        nets.opt_G.zero_grad()
-        (recons + halluc + config.tie * tie).backward()
-        nets.opt_G.step()
-        nets.D.requires_grad_(True)
-        nets.update_ema(config.ema, step)
-
-        report.add(D_I_real=both_I[:B], D_I_fake=both_I[B:], D_g_real=both_g[:B],
-                   D_g_fake=both_g[B:], R1=r1, L_percp=l_percp, L_grad=l_grad, L_z=l_z, tie=tie,
-                   F=excess, diversity=(h1 - h2).abs() * 127.5)
-        if report.after(step + 1):
-            break
-    report.goodbye()
-
-
-def first(count: int, images: list) -> list:
-    """The first `count` of the batch, at every scale."""
-    return [image[:count] for image in images]
-
-
-def join(real: list, fake: list) -> list:
-    """Real, then fake images at every scale in one batch for D; nothing here flows back to G."""
-    return [torch.cat([r, f.detach()]) for r, f in zip(real, fake)]
-
-
-def r1_of(D, images: list, condition=None) -> torch.Tensor:
-    """R1 of one discriminator at real images, in float32: two derivatives need the digits."""
-    images = [image.detach().requires_grad_() for image in images]
-    return r1_penalty(D(images, condition), images)
-
-
-def make_perceptual(config: Config) -> torch.nn.Module:
-    """(6), or L1 on pixels where the settings say so (D12)."""
-    pixels = config.perceptual == "pixels"
-    return torch.nn.L1Loss() if pixels else PerceptualLoss(config.perceptual)
-
-
-def compiled(net, arguments):
-    return torch.compile(net) if arguments.compile else net
-
-
-def resume(nets: Networks, arguments) -> int:
-    """Load --resume, if given; return the step to go on with."""
-    if not arguments.resume:
-        return 0
-    content = load_checkpoint(arguments.resume, arguments.device)[1]
-    require("opt_G" in content, f"{arguments.resume} holds a generator alone: it can be sampled, "
-                                "but training cannot go on from it")
-    nets.load(content, arguments.resume)
-    return content["step"]
-
-
-# ---- Reporting: one line and one CSV row per interval, validation, pictures, checkpoints --------
+# ---- Reporting: log line and CSV row, validation, pictures, checkpoints -------------------------
 
 
 class Table:
@@ -362,10 +397,16 @@ class Table:
 
     def write(self, row: dict):
         self.rows.append(row)
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
         with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
+            writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.rows)
+
+    def last_is_best(self, name: str, sign: int) -> bool:
+        """Is the last row's value the largest (sign 1) or the smallest (sign -1) of its column?"""
+        values = [sign * float(row[name]) for row in self.rows if row.get(name) not in (None, "")]
+        return values[-1] == max(values)
 
 
 class Report:
@@ -377,7 +418,7 @@ class Report:
         self.out.mkdir(parents=True, exist_ok=True)
         self.log_table = Table(self.out / "log.csv", start)
         self.valid_table = Table(self.out / "valid.csv", start)
-        self.valid = from_uint8(valid[:arguments.val_faces]).to(arguments.device)
+        self.valid = from_levels(valid[:arguments.val_faces]).to(arguments.device)
         self.lpips = find_lpips(config, arguments.device)
         self.sums, self.count, self.stop = {}, 0, False
         self.began = self.since = time.time()
@@ -396,16 +437,18 @@ class Report:
 
     def after(self, step: int) -> bool:
         """Whatever is due after this many steps. True when the loop is to end."""
-        arguments, last = self.arguments, self.stop or step == self.config.steps
+        interrupted = self.stop  # read once: Ctrl-C may come while the rest of this runs
+        finished = interrupted or step == self.config.steps
+        due = finished or step % self.arguments.val_every == 0
         if sys.stdout.isatty():
             print(f"\r{step}/{self.config.steps}  {self.eta(step)} left ", end="", flush=True)
-        if last or step % arguments.log_every == 0:
-            self.log(step)
-        if not self.stop and (last or step % arguments.val_every == 0):
+        if due or step % self.arguments.log_every == 0:
+            self.log(step)  # also what keeps NaN out of a checkpoint
+        if due and not interrupted:
             self.validate(step)
-        if last or step % arguments.val_every == 0:
+        if due:
             self.save("last.pt", step)
-        return self.stop
+        return finished
 
     def eta(self, step: int) -> str:
         """Time left at the pace since the start."""
@@ -438,33 +481,28 @@ class Report:
         hr = self.valid[:6]
         lr = quantize(downscale(hr, self.config.scale))
         save_image(contact_sheet(nets.ema, lr, z.to(arguments.device), hr), self.out / "grid.png")
-        if self.is_best():
+        if self.valid_table.last_is_best(*(("SR_lpips", -1) if self.lpips else ("SR_psnr", 1))):
             self.save("best.pt", step)
         self.began += time.time() - began
         self.since += time.time() - began
 
-    def is_best(self) -> bool:
-        """Is the last row of valid.csv the best one, by SR's LPIPS, or by PSNR where there is none?
-        """
-        name, sign = ("SR_lpips", -1) if self.lpips else ("SR_psnr", 1)
-        scores = [sign * float(row[name]) for row in self.valid_table.rows if name in row]
-        return scores[-1] == max(scores)
-
     def goodbye(self):
         """The last words: how to go on, or what came of it."""
+        checkpoint = shlex.quote(str(self.out / "last.pt"))
         if self.stop:
-            print(f"{clear_line()}stopped and saved; go on with\n  python train.py --data "
-                  f"{self.arguments.data} --resume {self.out / 'last.pt'}")
+            print(f"{clear_line()}stopped and saved; go on with\n"
+                  f"  python train.py --resume {checkpoint}")
         else:
-            print(f"{clear_line()}done: look at {self.out / 'grid.png'}, sample with\n  "
-                  f"python sample.py PHOTO --checkpoint {self.out / 'last.pt'}")
-        if self.arguments.data == "sketches":
+            print(f"{clear_line()}done: look at {self.out / 'grid.png'}, sample with\n"
+                  f"  python sample.py PHOTO --checkpoint {checkpoint}")
+        if self.arguments.data == "sketches" and self.config.size <= 8 * self.config.scale:
             report_hidden(self.nets.ema, self.config, self.arguments.device)
 
     def save(self, name: str, step: int):
-        """Write a checkpoint from which --resume goes on."""
+        """Write a checkpoint from which --resume goes on, with the same data."""
+        run = {name: getattr(self.arguments, name) for name in RUN_DEFAULTS}
         save_checkpoint(self.out / name, self.config, self.nets.ema, **self.nets.state(),
-                        step=step, data=str(self.arguments.data))
+                        step=step, run=run)
 
 
 def find_lpips(config: Config, device) -> LPIPS | None:
@@ -498,7 +536,7 @@ def report_hidden(generator, config: Config, device, faces: int = 100, samples: 
     rng = torch.Generator().manual_seed(0)
     latents = torch.randn(samples, faces, config.z_dim, generator=rng).to(device)
     with torch.no_grad():
-        images = torch.stack([generator.sample(lr, z) for z in latents])
+        images = torch.stack([sample(generator, lr, z) for z in latents])
     nearest = (images[:, None] - variants).square().mean((3, 4, 5)).argmin(1)  # (samples, faces)
     found = sum((nearest == kind).any(0).float().mean().item() for kind in range(4))
     print(f"hidden in LR, seen in {samples} hallucinations of {faces} faces: smiles "
@@ -507,64 +545,214 @@ def report_hidden(generator, config: Config, device, faces: int = 100, samples: 
           f"{found:.1f} of the 4 possible faces each")
 
 
+# ---- Benchmark ----------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """In Report's place for --benchmark: times the loop as it is, through hooks on its parts.
+
+    The first two steps, one with R1 and one without, are counted in FLOP instead.
+    """
+
+    WARMUP, STEPS = 5, 20
+
+    def __init__(self, config: Config, arguments, nets: Networks, valid, start: int):
+        self.config, self.arguments, self.nets = config, arguments, nets
+        self.times = {"data": [], "generator": [], "D step": [], "G step": [], "EMA": []}
+        nets.G.register_forward_pre_hook(lambda *_: self.mark("data"))
+        nets.G.register_forward_hook(lambda *_: self.mark("generator"))
+        nets.opt_D.register_step_post_hook(lambda *_: self.mark("D step"))
+        nets.opt_G.register_step_post_hook(lambda *_: self.mark("G step"))
+        self.last, self.flop = now(arguments.device), []
+        self.counter = FlopCounterMode(display=False).__enter__()
+
+    def mark(self, part: str):
+        """The time since the last mark was spent on this part."""
+        self.last, before = now(self.arguments.device), self.last
+        self.times[part].append(1e3 * (self.last - before))
+
+    def add(self, **values):
+        pass
+
+    def after(self, step: int) -> bool:
+        self.mark("EMA")
+        if step <= 2:
+            self.counter.__exit__(None, None, None)
+            self.flop.append(self.counter.get_total_flops())
+        if step == 1:
+            self.counter = FlopCounterMode(display=False).__enter__()
+        return step == self.WARMUP + self.STEPS
+
+    def goodbye(self):
+        """Print the table. R1 is what its D step took longer, spread over the steps without."""
+        every, flop = self.config.r1_every, self.flop
+        ms = {part: sorted(times[self.WARMUP:]) for part, times in self.times.items()}
+        slowest = ms["D step"][-1]
+        ms = {part: times[len(times) // 2] for part, times in ms.items()}
+        ms["R1"] = (slowest - ms["D step"]) / every
+        step = sum(ms.values())
+        print(f"{step:.0f} ms per step, {1e3 * self.config.batch / step:.2f} images/s; "
+              + ", ".join(f"{part} {time:.1f}" for part, time in ms.items()))
+        percp = time_of(self.perceptual_step(), self.arguments.device)
+        print(f"of these, the perceptual loss {percp:.1f}; 'generator' is the forward pass alone")
+        self.report_rate("step", flop[1] + (flop[0] - flop[1]) / every, step)
+        for batch in (1, 64):
+            lr = torch.zeros(batch, 3, *2 * [self.config.size // self.config.scale])
+            z = torch.zeros(batch, self.config.z_dim)
+            inputs = lr.to(self.arguments.device), z.to(self.arguments.device)
+            with autocast(self.arguments), FlopCounterMode(display=False) as count:
+                sample(self.nets.ema, *inputs)
+            with autocast(self.arguments):
+                ms = time_of(lambda: sample(self.nets.ema, *inputs), self.arguments.device)
+            self.report_rate(f"sampling {batch}", count.get_total_flops(), ms)
+        print(f"peak memory {peak_memory(self.arguments.device) / 2 ** 30:.2f} GiB")
+
+    def perceptual_step(self):
+        """(6) forward and backward, as in the G step."""
+        loss = make_perceptual(self.config).to(self.arguments.device)
+        sr, hr = torch.rand(2, self.config.batch, 3, self.config.size, self.config.size,
+                            device=self.arguments.device)
+        sr.requires_grad_()
+
+        def step():
+            with autocast(self.arguments):
+                value = loss(sr, hr)
+            value.backward()
+        return step
+
+    def report_rate(self, name: str, flop: float, ms: float):
+        """Achieved FLOP/s, and its share of a dense matrix product's in the same arithmetic."""
+        dtype = torch.bfloat16 if self.arguments.amp else torch.float32
+        a = torch.randn(2048, 2048, device=self.arguments.device, dtype=dtype)
+        best = 2 * 2048 ** 3 / time_of(lambda: a @ a, self.arguments.device)
+        print(f"{name}: {ms:.1f} ms, {flop / 1e12:.4f} TFLOP, {flop / ms / 1e6:.0f} GFLOP/s, "
+              f"{flop / ms / best:.0%} of a {dtype} matrix product's {best / 1e6:.0f}")
+
+
+def now(device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def time_of(function, device, repeats: int = 10) -> float:
+    """Median time of a call in ms, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        began = now(device)
+        function()
+        times.append(1e3 * (now(device) - began))
+    return sorted(times[1:])[repeats // 2]
+
+
+def peak_memory(device) -> int:
+    """Bytes: of the GPU, or of this process with its data."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # absent on Windows, where this line says so
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 # ---- Command line -------------------------------------------------------------------------------
 
 
-def sketch_settings() -> dict:
-    """A small network for a first look without data or weights: minutes on two CPU cores."""
-    return dict(widths=(64, 48, 32, 16), blocks=4, perceptual="pixels", steps=1000)
+# A small network for a first look without data or weights: minutes on two CPU cores.
+SKETCH_SETTINGS = dict(widths=(64, 48, 32, 16), blocks=4, perceptual="pixels", steps=1000)
 
 
-def parse_arguments(arguments=None):
+def parse_arguments(words=None):
     """One flag per field of Config, left out of the namespace unless given, and the run's own."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     run = parser.add_argument_group("the run")
-    run.add_argument("--data", default="sketches", metavar="sketches|celeba|FOLDER",
+    run.add_argument("--data", metavar="sketches|celeba|FOLDER",
                      help="training faces; sketches are drawn here and now (default)")
     run.add_argument("--val", metavar="FOLDER", help="validation faces of a folder run; "
                      "without it every 20th image is held out")
-    run.add_argument("--sketches", type=int, default=4000, metavar="N",
-                     help="how many training faces to draw (default: %(default)s)")
-    run.add_argument("--root", default="data", help="where celeba/ lies (default: %(default)s)")
-    run.add_argument("--out", help="where results go (default: runs/DATA, or the resumed run's)")
-    run.add_argument("--resume", metavar="CHECKPOINT", help="go on from this last.pt")
-    run.add_argument("--preset", choices=("recommended", "paper"), default="recommended",
+    run.add_argument("--sketches", type=count, metavar="N",
+                     help="how many training faces to draw (default: 4000)")
+    run.add_argument("--root", help="where celeba/ lies (default: data)")
+    run.add_argument("--out", help="where results go (default: a new runs/DATA, or, with --resume, "
+                     "where the checkpoint lies)")
+    run.add_argument("--resume", metavar="CHECKPOINT",
+                     help="go on from this last.pt, with its data and its settings")
+    run.add_argument("--preset", choices=("recommended", "paper"),
                      help="paper: as printed; recommended: with D9 to D11 (default)")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--amp", action=argparse.BooleanOptionalAction,
                      help="bfloat16 autocast (default: where the device computes in it)")
     run.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    run.add_argument("--log-every", type=int, default=50, metavar="STEPS")
-    run.add_argument("--val-every", type=int, default=500, metavar="STEPS",
+    run.add_argument("--benchmark", action="store_true", help="time 20 steps, then stop")
+    run.add_argument("--log-every", type=count, default=50, metavar="STEPS")
+    run.add_argument("--val-every", type=count, default=500, metavar="STEPS",
                      help="validation, grid and checkpoint (default: %(default)s)")
-    run.add_argument("--val-faces", type=int, default=128, metavar="N",
-                     help="validate on the first N validation faces (default: %(default)s)")
+    run.add_argument("--val-faces", type=count, metavar="N",
+                     help="validate on the first N validation faces (default: 128)")
     method = parser.add_argument_group("the method (defaults: the paper's; presets change some)")
     for item in fields(Config):
         flag, text = "--" + item.name.replace("_", "-"), f"{item.metadata['help']}: {item.default}"
         if isinstance(item.default, bool):
             how = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(item.default, tuple):
-            how = dict(type=lambda words: tuple(int(word) for word in words.split(",")),
-                       metavar="N,N,...")
+            how = dict(type=counts, metavar="N,N,...")
         else:
             how = dict(type=type(item.default), metavar=type(item.default).__name__.upper())
         method.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
-    return parser.parse_args(arguments)
+    return parser.parse_args(words)
 
 
-def settings_of(arguments) -> Config:
-    """Preset (or the resumed run's settings), then what --data brings, then the flags given."""
+def count(word: str) -> int:
+    """A positive whole number; argparse turns the ValueError into a sentence with this name."""
+    require(int(word) > 0, f"{word} is not positive")
+    return int(word)
+
+
+def counts(words: str) -> tuple:
+    """Positive whole numbers with commas between them."""
+    return tuple(count(word) for word in words.split(","))
+
+
+# What a resumed run takes from its checkpoint unless told otherwise.
+RUN_DEFAULTS = dict(data="sketches", val=None, sketches=4000, root="data", val_faces=128)
+
+
+def prepare(arguments) -> Config:
+    """Fill in what was not said: from the resumed run, or the defaults; return the settings.
+
+    Settings are the preset's (or the resumed run's), then what sketches bring, then the flags.
+    """
     if arguments.resume:
-        config = load_checkpoint(arguments.resume)[0]
+        require(arguments.preset is None, "--resume has the settings of its run: no --preset")
+        config, content = load_checkpoint(arguments.resume)
+        run = RUN_DEFAULTS | content.get("run", {})
     else:
-        config = Config()
-        if arguments.preset == "recommended":
-            config = replace(config, **recommended())
-        if arguments.data == "sketches":
-            config = replace(config, **sketch_settings())
+        config = Config() if arguments.preset == "paper" else replace(Config(), **RECOMMENDED)
+        run = RUN_DEFAULTS
+    for name, value in run.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if arguments.data == "sketches" and not arguments.resume:
+        config = replace(config, **SKETCH_SETTINGS)
     names = {item.name for item in fields(Config)}
-    return replace(config, **{k: v for k, v in vars(arguments).items() if k in names})
+    config = replace(config, **{k: v for k, v in vars(arguments).items() if k in names})
+    arguments.device = find_device(arguments.device)
+    if arguments.amp is None:
+        arguments.amp = has_bfloat16(arguments.device)
+    arguments.out = find_out(arguments)
+    return config
+
+
+def find_out(arguments) -> Path:
+    """Where results go; never where they would overwrite those of another run."""
+    if arguments.resume:
+        return Path(arguments.out or Path(arguments.resume).parent)
+    if arguments.out:
+        require(arguments.benchmark or not (Path(arguments.out) / "last.pt").exists(),
+                f"{arguments.out} holds a run already: go on with --resume, or name another --out")
+        return Path(arguments.out)
+    first = Path("runs") / Path(arguments.data).resolve().name
+    numbered = (first.with_name(f"{first.name}-{k}") for k in itertools.count(2))
+    return next(path for path in itertools.chain([first], numbered) if not path.exists())
 
 
 def deviations(config: Config) -> list[str]:
@@ -576,17 +764,10 @@ def deviations(config: Config) -> list[str]:
     return [name for name, active in on.items() if active]
 
 
-def prepare(arguments):
-    """Fill in what depends on the machine and on other flags."""
-    if arguments.device == "auto":
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    require(arguments.device == "cpu" or torch.cuda.is_available(),
-            "--device cuda: torch finds no CUDA GPU here")
-    if arguments.amp is None:
-        arguments.amp = has_bfloat16(arguments.device)
-    if arguments.out is None:
-        resumed = Path(arguments.resume).parent if arguments.resume else None
-        arguments.out = resumed or Path("runs") / Path(arguments.data).name
+def find_device(name: str) -> str:
+    """cpu or cuda; auto is cuda where there is one. Raises ValueError for a missing GPU."""
+    require(name != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no GPU here")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def has_bfloat16(device: str) -> bool:
@@ -597,16 +778,16 @@ def has_bfloat16(device: str) -> bool:
     return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
 
 
-def main(arguments=None):
-    arguments = parse_arguments(arguments)
-    config = settings_of(arguments)
-    prepare(arguments)
+def main(words=None):
+    arguments = parse_arguments(words)
+    config = prepare(arguments)
+    print(f"deviations beside D1-D8: {', '.join(deviations(config)) or 'none'}")
+    print(", ".join(f"{name} {value}" for name, value in asdict(config).items()))
+    perceptual = make_perceptual(config).to(arguments.device)  # first: weights may be missing
     faces, valid = load_faces(arguments, config)
     print(f"{len(faces)} faces of {config.size}x{config.size} to train on, {len(valid)} to validate"
-          f" on; {arguments.device}, {'bfloat16' if arguments.amp else 'float32'}")
-    print(f"deviations beside D1-D8: {', '.join(deviations(config)) or 'none'}")
-    print(", ".join(f"{name} {value}" for name, value in asdict(config).items()), flush=True)
-    train(config, arguments, faces, valid)
+          f" on; {arguments.device}, {'bfloat16' if arguments.amp else 'float32'}", flush=True)
+    train(config, arguments, perceptual, faces, valid)
 
 
 if __name__ == "__main__":
