@@ -205,7 +205,10 @@ def upscale_nearest(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
 
 
 def upscale_bicubic(lr: torch.Tensor, factor: int = 8) -> torch.Tensor:
-    """Table 1's baseline, clamped to [-1, 1]. (N, C, h, w) -> (N, C, h*f, w*f)."""
+    """Table 1's baseline, clamped to [-1, 1]. (N, C, h, w) -> (N, C, h*f, w*f).
+
+    torch's kernel (a = -0.75); other libraries' bicubic may differ in the second decimal of a dB.
+    """
     return F.interpolate(lr, scale_factor=factor, mode="bicubic").clamp(-1, 1)
 
 
@@ -847,7 +850,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[Config, dict
         content = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint: {error}".splitlines()[0]) from error
-    require(isinstance(content, dict) and "hallusr" in content and "config" in content,
+    require(isinstance(content, dict) and {"hallusr", "config", "generator"} <= set(content),
             f"{path} is not a hallusr checkpoint")
     known = {item.name for item in fields(Config)}
     unknown = set(content["config"]) - known

@@ -546,9 +546,18 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path):
     assert torch.load(path)["step"] == 1
 
 
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    config, path = Config(**TINY), tmp_path / "cut.pt"
+    hallusr.save_checkpoint(path, config, hallusr.build_generator(config))
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cut.pt is damaged"):
+        hallusr.load_generator(path)
+
+
 @pytest.mark.parametrize("content, words", [
     (b"not a checkpoint", "is damaged or no checkpoint"), ({"weights": 1}, "not a hallusr"),
-    ({"hallusr": 1, "config": {"colour": 3}}, "does not know.*colour")])
+    ({"hallusr": 1, "config": {"colour": 3}, "generator": {}}, "does not know.*colour"),
+    ({"hallusr": 1, "config": {}}, "not a hallusr")])
 def test_wrong_checkpoints_are_named(tmp_path, content, words):
     path = tmp_path / "bad.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
