@@ -207,7 +207,7 @@ def upscale_nearest(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
 def upscale_bicubic(lr: torch.Tensor, factor: int = 8) -> torch.Tensor:
     """Table 1's baseline, clamped to [-1, 1]. (N, C, h, w) -> (N, C, h*f, w*f).
 
-    torch's kernel (a = -0.75); other libraries' bicubic may differ in the second decimal of a dB.
+    torch's kernel has a = -0.75; other libraries may use -0.5 and give slightly other scores.
     """
     return F.interpolate(lr, scale_factor=factor, mode="bicubic").clamp(-1, 1)
 

@@ -1,9 +1,11 @@
 """Sample a trained hallusr generator: photos in, many plausible faces out.
 
-    python sample.py PHOTO... --checkpoint C          grid, SR, hallucinations, mean, deviation map
-    python sample.py SMALL... --checkpoint C --lr     the images are low-resolution already
-    python sample.py PHOTO --checkpoint C --walk      and a GIF along a closed path in z
-    python sample.py --evaluate FOLDER --checkpoint C Table 1's rows, and a JSON file of them
+    python sample.py PHOTO...             grid, SR, hallucinations, mean, deviation map
+    python sample.py SMALL... --lr        the images are low-resolution already
+    python sample.py PHOTO --walk         and a GIF along a closed path in z
+    python sample.py --evaluate FOLDER    Table 1's rows, and a JSON file of them
+
+with the small face model of this repository, or with yours: --checkpoint RUN/last.pt
 
 The faces are invented. They say which pictures fit the small one, never who is in it.
 """
@@ -41,7 +43,8 @@ class Projected(torch.nn.Module):
 def parse_arguments(words=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("photos", nargs="*", metavar="PHOTO", help="image files")
-    parser.add_argument("--checkpoint", required=True, help="last.pt or best.pt of a training run")
+    parser.add_argument("--checkpoint", default=Path(__file__).with_name("assets") / "faces64.pt",
+                        help="last.pt or best.pt of a training run (default: assets/faces64.pt)")
     parser.add_argument("--lr", action="store_true", help="the images are LR already")
     parser.add_argument("--samples", type=count, default=10, help="hallucinations (default: 10)")
     parser.add_argument("--temperature", type=float, default=1.0,

@@ -804,6 +804,7 @@ def run_script(command, folder):
 def workplace(tmp_path_factory):
     """A folder with photos, an LR image and a tiny trained run, as the README's commands expect."""
     folder = tmp_path_factory.mktemp("workplace")
+    (folder / "assets").symlink_to(HERE / "assets")
     for name in ("photos", "more_photos"):
         (folder / name).mkdir()
         for i in range(4):
@@ -833,7 +834,8 @@ def test_readme_command(command, workplace, tmp_path, monkeypatch, capsys):
             run_here(command, workplace, monkeypatch, capsys)
     else:
         printed = run_here(command, workplace, monkeypatch, capsys)
-        assert "written to" in printed or "grid.png" in printed
+        done = "images/s;" if "--benchmark" in command else "written to|grid.png"
+        assert re.search(done, printed)
 
 
 def test_both_scripts_run_on_their_own(workplace, tmp_path):
@@ -869,6 +871,16 @@ def test_a_sample_of_an_lr_file_shrinks_to_that_file(workplace, monkeypatch, cap
     made = hallusr.from_levels(train.read_image(workplace / "made/small/hallucination_2.png"))
     lr = hallusr.from_levels(train.read_image(workplace / "small.png"))
     assert hallusr.lr_psnr(made[None], lr[None]) > 30
+
+
+def test_the_model_of_the_repository_is_true_to_its_input_and_diverse():
+    generator = hallusr.load_generator(HERE / "assets/faces64.pt")
+    lr = torch.stack([hallusr.from_levels(train.read_image(path))
+                      for path in sorted((HERE / "assets").glob("face?.png"))])
+    made = torch.stack([hallusr.sample(generator, lr, torch.randn(len(lr), generator.z_dim))
+                        for _ in range(4)])
+    assert (torch.stack([hallusr.lr_psnr(image, lr) for image in made]) > 35).all()
+    assert (hallusr.pixel_std(made) > 4).all()
 
 
 @needs_lpips

@@ -551,7 +551,8 @@ def report_hidden(generator, config: Config, device, faces: int = 100, samples: 
 class Stopwatch:
     """In Report's place for --benchmark: times the loop as it is, through hooks on its parts.
 
-    The first two steps, one with R1 and one without, are counted in FLOP instead.
+    The second step is counted in FLOP instead: one without R1, which torch's counter can not see
+    through, so that rates are of steps without it.
     """
 
     WARMUP, STEPS = 5, 20
@@ -563,8 +564,8 @@ class Stopwatch:
         nets.G.register_forward_hook(lambda *_: self.mark("generator"))
         nets.opt_D.register_step_post_hook(lambda *_: self.mark("D step"))
         nets.opt_G.register_step_post_hook(lambda *_: self.mark("G step"))
-        self.last, self.flop = now(arguments.device), []
-        self.counter = FlopCounterMode(display=False).__enter__()
+        self.last, self.counter = now(arguments.device), FlopCounterMode(display=False)
+        require(config.r1_every > 1, "--benchmark needs steps without R1: --r1-every above 1")
 
     def mark(self, part: str):
         """The time since the last mark was spent on this part."""
@@ -576,26 +577,25 @@ class Stopwatch:
 
     def after(self, step: int) -> bool:
         self.mark("EMA")
-        if step <= 2:
-            self.counter.__exit__(None, None, None)
-            self.flop.append(self.counter.get_total_flops())
         if step == 1:
-            self.counter = FlopCounterMode(display=False).__enter__()
-        return step == self.WARMUP + self.STEPS
+            self.counter.__enter__()
+        if step == 2:
+            self.counter.__exit__(None, None, None)
+        return False
 
     def goodbye(self):
-        """Print the table. R1 is what its D step took longer, spread over the steps without."""
-        every, flop = self.config.r1_every, self.flop
+        """Print the table. R1 is what its D step took longer, spread over all steps."""
         ms = {part: sorted(times[self.WARMUP:]) for part, times in self.times.items()}
         slowest = ms["D step"][-1]
         ms = {part: times[len(times) // 2] for part, times in ms.items()}
-        ms["R1"] = (slowest - ms["D step"]) / every
-        step = sum(ms.values())
+        plain = sum(ms.values())
+        ms["R1"] = (slowest - ms["D step"]) / self.config.r1_every
+        step = plain + ms["R1"]
         print(f"{step:.0f} ms per step, {1e3 * self.config.batch / step:.2f} images/s; "
               + ", ".join(f"{part} {time:.1f}" for part, time in ms.items()))
         percp = time_of(self.perceptual_step(), self.arguments.device)
         print(f"of these, the perceptual loss {percp:.1f}; 'generator' is the forward pass alone")
-        self.report_rate("step", flop[1] + (flop[0] - flop[1]) / every, step)
+        self.report_rate("step without R1", self.counter.get_total_flops(), plain)
         for batch in (1, 64):
             lr = torch.zeros(batch, 3, *2 * [self.config.size // self.config.scale])
             z = torch.zeros(batch, self.config.z_dim)
@@ -735,6 +735,9 @@ def prepare(arguments) -> Config:
         config = replace(config, **SKETCH_SETTINGS)
     names = {item.name for item in fields(Config)}
     config = replace(config, **{k: v for k, v in vars(arguments).items() if k in names})
+    if arguments.benchmark:
+        require(not arguments.resume, "--benchmark starts afresh: no --resume")
+        config = replace(config, steps=Stopwatch.WARMUP + Stopwatch.STEPS)
     arguments.device = find_device(arguments.device)
     if arguments.amp is None:
         arguments.amp = has_bfloat16(arguments.device)
