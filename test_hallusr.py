@@ -725,6 +725,18 @@ def test_nan_stops_training_and_overwrites_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
+    update = train.Networks.update_ema
+
+    def break_a_weight(nets, decay, step):
+        update(nets, decay, step)
+        nets.D_g.to_logits.bias.data.fill_(math.inf)
+    monkeypatch.setattr(train.Networks, "update_ema", break_a_weight)
+    with pytest.raises(FloatingPointError, match="a weight became NaN or Inf before step 1"):
+        run_training(tmp_path, "--steps", "1")
+    assert not (tmp_path / "last.pt").exists()
+
+
 def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
     run_training(tmp_path / "mine")
     with pytest.raises(ValueError, match="mine holds a run already"):

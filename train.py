@@ -500,6 +500,10 @@ class Report:
 
     def save(self, name: str, step: int):
         """Write a checkpoint from which --resume goes on, with the same data."""
+        weights = itertools.chain(self.nets.G.parameters(), self.nets.D.parameters())
+        if not all(weight.isfinite().all() for weight in weights):
+            raise FloatingPointError(f"a weight became NaN or Inf before step {step}; nothing was "
+                                     f"overwritten, the last checkpoint is in {self.out}")
         run = {name: getattr(self.arguments, name) for name in RUN_DEFAULTS}
         save_checkpoint(self.out / name, self.config, self.nets.ema, **self.nets.state(),
                         step=step, run=run)
