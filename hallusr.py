@@ -6,7 +6,7 @@ An independent implementation, in one file, of
     "A generative model for hallucinating diverse versions of super resolution images".
 
 Equation, figure and section numbers below are that paper's. Read it from top to bottom: the file
-follows the paper, and `train.py` then puts the pieces together in one loop.
+keeps to the paper's sections, and `train.py` puts the pieces together in one loop.
 
 Notation (N images; h x w is the small size, H x W = scale * h x scale * w the large one; K is the
 number of samples, C a number of channels, C0 = widths[0] the one at LR size)
@@ -27,13 +27,14 @@ number of samples, C a number of channels, C0 = widths[0] the one at LR size)
 
 A list of images "at every scale" runs from coarse (2h x 2w) to fine (H x W).
 
-Deviations from the paper. The first group always holds: the print has to be read in some way.
+Deviations from the paper. The first group holds under every preset: there the print contradicts
+itself or is silent, and some choice is forced.
 
     D1  L_adv is printed as one formula for both players. Here each has its own, in the
         non-saturating form that the text names: discriminator_loss and generator_loss.
     D2  (11) adds alpha L_z although L_z is to be maximised. Here it is subtracted.
     D3  The adversarial terms name I^SR only. Here D_I and D_g judge I^SR and I^H_z, each image
-        with its own F, or section 3.1, which shows I^H_z to D_I, would serve nothing.
+        with its own F; otherwise D_I(I^H_z, F) of section 3.1 would never be used.
     D4  LR is rounded to 8 bits, as a file would be. Otherwise even the true HR image has F > 0.
     D5  Rounding goes to the 256 levels of [-1, 1]; multiples of r lie half a level beside them.
     D6  (3)-(5) repeat the border pixel, and 1e-6 stands under the root: a zero border would draw a
@@ -45,18 +46,21 @@ Deviations from the paper. The first group always holds: the print has to be rea
 The second group is off in Config(), the paper as printed; RECOMMENDED turns on D9 to D11.
 
     D9  hard_consistency: G subtracts its disagreement with LR at every scale, so that (9) holds
-        by construction. Left to F alone, D_I wins on F, or G dares not leave plain upsampling.
+        by construction. With the soft F alone, training failed in two ways: D_I told fakes by F
+        alone, or G stayed at plain upsampling to keep F at 0.
     D10 tie: adds |g - grad(I)|. Nothing printed forces the gradient output to be the gradient of
         the image output, so L_z could be earned in g while the image ignores z.
-    D11 lr_g and lr_d are 5e-4. The paper's 1e-4 is for far longer runs.
+    D11 lr_g and lr_d are both 5e-4, so that hours suffice. The paper has 1e-4 for G and TTUR (two
+        time-scale update rule: another rate for D), whose rate it does not give.
     D12 perceptual = "pixels": L1 on pixels in place of VGG features, for runs without weights.
 
 Silent in the paper, and chosen here: every norm in (6)-(8) is a mean, so that weights hold for any
-size; (6)-(8) and F act on the finest scale alone; DS is a box average; F enters D_I before the
-residual blocks, where features first have LR's size; (10) and (11) are minimised in one step of G.
+size; (6)-(8) and F act on the finest scale alone; DS is a box average; (10) and (11) are minimised
+in one step of G; F, which the paper brings in "at the last block", enters D_I before the residual
+blocks, where features first have LR's size.
 
 Copying: "Needs" in a docstring lists the names that belong to a piece. Functions called require...
-and check... only raise clear errors, and may stay behind.
+and check... only raise clear errors: take them along, or delete the lines that call them.
 
 Contents: settings - image space - 2.1 the gradient - 3.2 architecture - 3.1 conditioning -
 2.1-2.3 losses - 4.2 metrics - pictures and checkpoints.
@@ -84,7 +88,7 @@ def setting(default, source: str, meaning: str):
 
 @dataclass(frozen=True)
 class Config:
-    """Every number of the method. The defaults are the paper's wherever it gives one.
+    """The numbers of the method. The defaults are the paper's wherever it gives one.
 
     Source: section 4.1 where a field says so; "ours" marks what the paper leaves open.
     Raises ValueError when two fields contradict each other.
@@ -126,7 +130,7 @@ class Config:
                 f"got {self.perceptual!r}")
 
 
-# The few fields of Config to change for a run of hours instead of weeks (D9 to D11).
+# The few fields of Config to change for a run of hours (D9 to D11).
 RECOMMENDED = dict(hard_consistency=True, tie=1.0, lr_g=5e-4, lr_d=5e-4)
 
 
@@ -477,7 +481,8 @@ def consistency(image: torch.Tensor, lr: torch.Tensor, eps: float = 0.1,
     Raises ValueError when shapes and factor do not fit, or eps < 0.
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
-    require_same(shrunk := quantize(downscale(image, factor)), lr, "downscaled image and lr")
+    shrunk = quantize(downscale(image, factor))
+    require_same(shrunk, lr, "downscaled image and lr")
     r = 2 / 255
     return F.relu((shrunk - lr).abs() / r - eps)                           # (12)
 
@@ -659,7 +664,7 @@ class LPIPS(nn.Module):
 
     forward(a, b): two (N, 3, H, W) in [-1, 1] -> (N,) >= 0; maps(a, b) -> (N, H, W), the same
     before the mean over the image. Source: section 4.2, Zhang et al. 2018; weights of AlexNet from
-    torchvision, the 1472 learned channel weights from the authors' repository (BSD-2).
+    torchvision, the 1152 learned channel weights from the authors' repository (BSD-2).
     Needs: pretrained_features, missing_weights.
     Raises ValueError for different shapes or sides under 31, FileNotFoundError without weights.
     """
@@ -721,7 +726,7 @@ def diversity_score(maps: torch.Tensor) -> torch.Tensor:
     """NTIRE's diversity score: how much better the best sample per pixel is than the best sample.
 
     maps (K, N, H, W): LPIPS.maps of K samples against the truth -> (N,) in [0, 100]. 0 when all
-    samples are alike. Noise does not help: a pixel counts only when it comes closer to the truth.
+    samples are alike. Noise can raise it too: read it beside LPIPS.
     Source: NTIRE 2021 challenge on learning the super-resolution space.
     Raises ValueError unless maps has four dimensions.
     """

@@ -28,7 +28,10 @@ from train import FolderFaces, count, find_device, read_image, read_photo, stack
 
 
 class Projected(torch.nn.Module):
-    """A generator whose finest image is shifted, block by block, to shrink to LR exactly."""
+    """A generator whose finest image is shifted, block by block, to shrink to LR.
+
+    Exactly, until values beyond [-1, 1] are cut off and the rest rounded to 8 bits.
+    """
 
     def __init__(self, generator):
         super().__init__()
@@ -51,7 +54,7 @@ def parse_arguments(words=None):
                         help="scale of z: 0 is SR, below 1 tamer, above 1 wilder (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of z (default: 0)")
     parser.add_argument("--project", action="store_true",
-                        help="shift every block of the result to LR's value: exact consistency")
+                        help="shift every block of the result to LR's value (see project_onto_lr)")
     parser.add_argument("--walk", action="store_true", help="write an animated GIF")
     parser.add_argument("--evaluate", metavar="FOLDER", help="score on the photos of this folder")
     parser.add_argument("--slice", type=span, default=slice(None), metavar="FROM:TO",
@@ -68,14 +71,18 @@ def parse_arguments(words=None):
 
 
 def span(words: str) -> slice:
-    """FROM:TO as a slice; either may be missing."""
-    return slice(*(int(word) if word else None for word in words.split(":")))
+    """FROM:TO as a slice; either may be missing. argparse turns a ValueError into a sentence."""
+    start, stop = words.split(":")
+    return slice(int(start) if start else None, int(stop) if stop else None)
 
 
 def low_resolution(path: str, config, is_lr: bool) -> tuple:
     """The LR image of a file, (1, 3, h, w) in [-1, 1], and HR where the file was a photo."""
     if is_lr:
-        return from_levels(read_image(path))[None], None
+        lr = from_levels(read_image(path))[None]
+        require(max(lr.shape[-2:]) <= config.size, f"{path} is {lr.shape[-1]}x{lr.shape[-2]} pixels"
+                f", LR has {config.size} at most: a photo goes without --lr")
+        return lr, None
     hr = from_levels(read_photo(path, config.size))[None]
     return quantize(downscale(hr, config.scale)), hr
 
@@ -104,16 +111,16 @@ def write_samples(generator, config, path: str, arguments):
         save_image(image, folder / f"{name}.png", normalize=True, value_range=(-1, 1))
     save_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
     if arguments.walk:
-        write_walk(generator, lr, rng, folder / "walk.gif")
+        a, b = arguments.temperature * torch.randn(2, generator.z_dim, generator=rng).to(lr.device)
+        write_walk(generator, lr, a, b, folder / "walk.gif")
     print(f"  written to {folder}/: {', '.join(images)}, grid{', walk' * arguments.walk}")
 
 
-def write_walk(generator, lr, rng, path: Path, frames: int = 48):
-    """A GIF along a closed path in z: around the circle that two noise vectors span.
+def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
+    """A GIF along a closed path in z: around the circle that two noise vectors a and b span.
 
     On that circle every point is as likely as any other; a straight line would pass near z = 0.
     """
-    a, b = torch.randn(2, generator.z_dim, generator=rng).to(lr.device)
     angles = torch.arange(frames, device=lr.device)[:, None] * 2 * math.pi / frames
     images = sample(generator, lr.expand(frames, -1, -1, -1), angles.cos() * a + angles.sin() * b)
     shown = to_levels(upscale_nearest(images, 3)).to(torch.uint8).cpu()

@@ -16,6 +16,7 @@ import itertools
 import math
 import shlex
 import signal
+import statistics
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -136,7 +137,7 @@ def resume(nets: Networks, config: Config, arguments) -> int:
     """Load --resume, if given; return the step to go on with."""
     if not arguments.resume:
         return 0
-    content = load_checkpoint(arguments.resume, arguments.device)[1]
+    content = load_checkpoint(arguments.resume)[1]  # on the CPU, where Adam counts its steps
     require("opt_G" in content, f"{arguments.resume} holds a generator alone: it can be sampled, "
                                 "but training cannot go on from it")
     require(content["step"] < config.steps, f"{arguments.resume} has its {content['step']} steps "
@@ -161,7 +162,7 @@ class Networks:
         self.D = torch.nn.ModuleList([self.D_I, self.D_g])
         for module in (self.G, self.ema, self.D):  # the layout in which convolutions are fastest
             module.to(device, memory_format=torch.channels_last)
-        betas = (0.0, 0.9)  # section 4.1: no momentum, with which two players overshoot
+        betas = (0.0, 0.9)  # section 4.1: no momentum, or each player overshoots the other
         self.opt_G = torch.optim.Adam(self.G.parameters(), config.lr_g, betas)
         self.opt_D = torch.optim.Adam(self.D.parameters(), config.lr_d, betas)
 
@@ -320,17 +321,17 @@ def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
         faces = stack(FolderFaces(arguments.data, config.size))
         held_out = torch.arange(len(faces)) % 20 == 0
         return faces[~held_out], faces[held_out]
-    return stack(train), stack(valid)
+    return stack(train), stack(valid, arguments.val_faces)
 
 
-def stack(dataset: Dataset) -> torch.Tensor:
-    """The whole dataset as one tensor. CelebA's items are (image, label) pairs."""
-    faces = None
-    for i in range(len(dataset)):
+def stack(dataset: Dataset, most: int | None = None) -> torch.Tensor:
+    """The dataset, or its first `most` items, as one tensor. CelebA's are (image, label) pairs."""
+    faces, count = None, min(len(dataset), most or len(dataset))
+    for i in range(count):
         item = dataset[i]
         image = item[0] if isinstance(item, tuple) else item
         if faces is None:  # filled in place: a list and its stack would take twice the memory
-            faces = torch.empty(len(dataset), *image.shape, dtype=image.dtype)
+            faces = torch.empty(count, *image.shape, dtype=image.dtype)
         faces[i] = image
     return faces
 
@@ -420,7 +421,7 @@ class Report:
         self.valid_table = Table(self.out / "valid.csv", start)
         self.valid = from_levels(valid[:arguments.val_faces]).to(arguments.device)
         self.lpips = find_lpips(config, arguments.device)
-        self.sums, self.count, self.stop = {}, 0, False
+        self.sums, self.count, self.stop, self.done = {}, 0, False, False
         self.began = self.since = time.time()
         signal.signal(signal.SIGINT, self.interrupt)
 
@@ -437,14 +438,14 @@ class Report:
 
     def after(self, step: int) -> bool:
         """Whatever is due after this many steps. True when the loop is to end."""
-        interrupted = self.stop  # read once: Ctrl-C may come while the rest of this runs
-        finished = interrupted or step == self.config.steps
+        self.done = step == self.config.steps
+        finished = self.done or self.stop  # read once: Ctrl-C may come while the rest of this runs
         due = finished or step % self.arguments.val_every == 0
         if sys.stdout.isatty():
             print(f"\r{step}/{self.config.steps}  {self.eta(step)} left ", end="", flush=True)
         if due or step % self.arguments.log_every == 0:
             self.log(step)  # also what keeps NaN out of a checkpoint
-        if due and not interrupted:
+        if self.done or due and not finished:
             self.validate(step)
         if due:
             self.save("last.pt", step)
@@ -458,10 +459,12 @@ class Report:
     def log(self, step: int):
         """One line and one CSV row. Raises FloatingPointError, naming the term, at NaN or Inf."""
         means = {name: (total / self.count).item() for name, total in self.sums.items()}
-        for name, value in means.items():
+        weights = itertools.chain(self.nets.G.parameters(), self.nets.D.parameters())
+        sums = {"a weight": sum(weight.detach().sum() for weight in weights).item()}
+        for name, value in (means | sums).items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} became {value} before step {step}; nothing was "
-                                         f"overwritten, the last checkpoint is in {self.out}")
+                raise FloatingPointError(f"{name} became {value} by step {step}; no checkpoint was "
+                                         f"overwritten: {self.out} is as it was last saved")
         pace = self.count * self.config.batch / (time.time() - self.since)
         text = "  ".join(f"{name} {value:.3g}" for name, value in means.items())
         print(f"{clear_line()}step {step}  {pace:.1f} images/s  eta {self.eta(step)}  {text}",
@@ -489,7 +492,7 @@ class Report:
     def goodbye(self):
         """The last words: how to go on, or what came of it."""
         checkpoint = shlex.quote(str(self.out / "last.pt"))
-        if self.stop:
+        if not self.done:
             print(f"{clear_line()}stopped and saved; go on with\n"
                   f"  python train.py --resume {checkpoint}")
         else:
@@ -500,10 +503,6 @@ class Report:
 
     def save(self, name: str, step: int):
         """Write a checkpoint from which --resume goes on, with the same data."""
-        weights = itertools.chain(self.nets.G.parameters(), self.nets.D.parameters())
-        if not all(weight.isfinite().all() for weight in weights):
-            raise FloatingPointError(f"a weight became NaN or Inf before step {step}; nothing was "
-                                     f"overwritten, the last checkpoint is in {self.out}")
         run = {name: getattr(self.arguments, name) for name in RUN_DEFAULTS}
         save_checkpoint(self.out / name, self.config, self.nets.ema, **self.nets.state(),
                         step=step, run=run)
@@ -569,7 +568,8 @@ class Stopwatch:
         nets.opt_D.register_step_post_hook(lambda *_: self.mark("D step"))
         nets.opt_G.register_step_post_hook(lambda *_: self.mark("G step"))
         self.last, self.counter = now(arguments.device), FlopCounterMode(display=False)
-        require(config.r1_every > 1, "--benchmark needs steps without R1: --r1-every above 1")
+        require(1 < config.r1_every < self.WARMUP + self.STEPS, "--benchmark needs steps with and "
+                f"without R1: --r1-every from 2 to {self.WARMUP + self.STEPS - 1}")
 
     def mark(self, part: str):
         """The time since the last mark was spent on this part."""
@@ -589,11 +589,13 @@ class Stopwatch:
 
     def goodbye(self):
         """Print the table. R1 is what its D step took longer, spread over all steps."""
-        ms = {part: sorted(times[self.WARMUP:]) for part, times in self.times.items()}
-        slowest = ms["D step"][-1]
-        ms = {part: times[len(times) // 2] for part, times in ms.items()}
+        every, timed = self.config.r1_every, range(self.WARMUP, self.WARMUP + self.STEPS)
+        without = [step for step in timed if step % every]
+        ms = {part: statistics.median(times[step] for step in without)
+              for part, times in self.times.items()}
         plain = sum(ms.values())
-        ms["R1"] = (slowest - ms["D step"]) / self.config.r1_every
+        with_r1 = [self.times["D step"][step] for step in timed if step % every == 0]
+        ms["R1"] = (statistics.median(with_r1) - ms["D step"]) / every
         step = plain + ms["R1"]
         print(f"{step:.0f} ms per step, {1e3 * self.config.batch / step:.2f} images/s; "
               + ", ".join(f"{part} {time:.1f}" for part, time in ms.items()))
@@ -627,8 +629,9 @@ class Stopwatch:
     def report_rate(self, name: str, flop: float, ms: float):
         """Achieved FLOP/s, and its share of a dense matrix product's in the same arithmetic."""
         dtype = torch.bfloat16 if self.arguments.amp else torch.float32
-        a = torch.randn(2048, 2048, device=self.arguments.device, dtype=dtype)
-        best = 2 * 2048 ** 3 / time_of(lambda: a @ a, self.arguments.device)
+        side = 8192 if self.arguments.device == "cuda" else 2048
+        a = torch.randn(side, side, device=self.arguments.device, dtype=dtype)
+        best = 2 * side ** 3 / time_of(lambda: a @ a, self.arguments.device)
         print(f"{name}: {ms:.1f} ms, {flop / 1e12:.4f} TFLOP, {flop / ms / 1e6:.0f} GFLOP/s, "
               f"{flop / ms / best:.0%} of a {dtype} matrix product's {best / 1e6:.0f}")
 
@@ -647,7 +650,7 @@ def time_of(function, device, repeats: int = 10) -> float:
         began = now(device)
         function()
         times.append(1e3 * (now(device) - began))
-    return sorted(times[1:])[repeats // 2]
+    return statistics.median(times[1:])
 
 
 def peak_memory(device) -> int:
@@ -687,9 +690,9 @@ def parse_arguments(words=None):
                      help="bfloat16 autocast (default: where the device computes in it)")
     run.add_argument("--compile", action="store_true", help="torch.compile the networks")
     run.add_argument("--benchmark", action="store_true", help="time 20 steps, then stop")
-    run.add_argument("--log-every", type=count, default=50, metavar="STEPS")
-    run.add_argument("--val-every", type=count, default=500, metavar="STEPS",
-                     help="validation, grid and checkpoint (default: %(default)s)")
+    run.add_argument("--log-every", type=count, metavar="STEPS", help="a log line (default: 50)")
+    run.add_argument("--val-every", type=count, metavar="STEPS",
+                     help="validation, grid and checkpoint (default: 500)")
     run.add_argument("--val-faces", type=count, metavar="N",
                      help="validate on the first N validation faces (default: 128)")
     method = parser.add_argument_group("the method (defaults: the paper's; presets change some)")
@@ -717,7 +720,8 @@ def counts(words: str) -> tuple:
 
 
 # What a resumed run takes from its checkpoint unless told otherwise.
-RUN_DEFAULTS = dict(data="sketches", val=None, sketches=4000, root="data", val_faces=128)
+RUN_DEFAULTS = dict(data="sketches", val=None, sketches=4000, root="data", val_faces=128, amp=None,
+                    log_every=50, val_every=500)
 
 
 def prepare(arguments) -> Config:
@@ -751,12 +755,13 @@ def prepare(arguments) -> Config:
 
 def find_out(arguments) -> Path:
     """Where results go; never where they would overwrite those of another run."""
-    if arguments.resume:
-        return Path(arguments.out or Path(arguments.resume).parent)
-    if arguments.out:
-        require(arguments.benchmark or not (Path(arguments.out) / "last.pt").exists(),
-                f"{arguments.out} holds a run already: go on with --resume, or name another --out")
-        return Path(arguments.out)
+    home = Path(arguments.resume).parent if arguments.resume else None
+    if arguments.out or home:
+        out = Path(arguments.out or home)
+        mine = arguments.benchmark or (home and home.resolve() == out.resolve())
+        require(mine or not (out / "last.pt").exists(),
+                f"{out} holds a run already: go on with --resume, or name another --out")
+        return out
     first = Path("runs") / Path(arguments.data).resolve().name
     numbered = (first.with_name(f"{first.name}-{k}") for k in itertools.count(2))
     return next(path for path in itertools.chain([first], numbered) if not path.exists())
@@ -790,6 +795,7 @@ def main(words=None):
     config = prepare(arguments)
     print(f"deviations beside D1-D8: {', '.join(deviations(config)) or 'none'}")
     print(", ".join(f"{name} {value}" for name, value in asdict(config).items()))
+    torch.backends.cudnn.allow_tf32 = False  # where float32 is meant (R1), float32 it is
     perceptual = make_perceptual(config).to(arguments.device)  # first: weights may be missing
     faces, valid = load_faces(arguments, config)
     print(f"{len(faces)} faces of {config.size}x{config.size} to train on, {len(valid)} to validate"
