@@ -76,9 +76,7 @@ def train(config: Config, arguments, perceptual, faces, valid):
         # R1 seldom, but then with the weight of all steps (D7); torch.compile can not do it.
         if step % config.r1_every == 0:
             r1 = config.r1_every * (r1_of(nets.D_I, real_I, zero) + r1_of(nets.D_g, real_g))
-        nets.opt_D.zero_grad()
-        (D_loss + config.r1_gamma / 2 * r1).backward()
-        nets.opt_D.step()
+        descend(nets.opt_D, D_loss + config.r1_gamma / 2 * r1)
 
         # G step: minimise (10) for z = 0 plus (11) for z1, z2, against the D just improved.
         nets.D.requires_grad_(False)  # G needs the slope through D, nobody needs D's own now
@@ -92,9 +90,7 @@ def train(config: Config, arguments, perceptual, faces, valid):
                                      config.gamma, config.beta)
         halluc = hallucination_loss(generator_loss(h_g), generator_loss(h_I), l_z, config.alpha)
         tie = gradient_loss(all_g[-1], image_gradient(all_I[-1]))  # D10
-        nets.opt_G.zero_grad()
-        (recons + halluc + config.tie * tie).backward()
-        nets.opt_G.step()
+        descend(nets.opt_G, recons + halluc + config.tie * tie)
         nets.D.requires_grad_(True)
         nets.update_ema(config.ema, step)
 
@@ -109,6 +105,13 @@ def train(config: Config, arguments, perceptual, faces, valid):
 def autocast(arguments):
     """bfloat16 inside convolutions where --amp says so; master weights and losses stay float32."""
     return torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.amp)
+
+
+def descend(optimizer, loss: torch.Tensor):
+    """One step of one player down its loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
 
 
 def first(count: int, images: list) -> list:
