@@ -910,8 +910,10 @@ def test_evaluate_writes_json_with_every_row(workplace):
 
 
 @pytest.mark.parametrize("command, words", [
-    ("python train.py --data photos --size 128", r"is 64x70 pixels, expected at least 128x128"),
-    ("python train.py --data empty", "expected at least 2 images .* below empty, found 0"),
+    ("python train.py --data photos --perceptual pixels --size 128",
+     "is 64x70 pixels, expected at least 128x128"),
+    ("python train.py --data empty --perceptual pixels",
+     "expected at least 2 images .* below empty, found 0"),
     ("python train.py --scale 3", "power of two.*got 3"),
     ("python train.py --preset paper --resume runs/photos/last.pt", "no --preset"),
     ("python train.py --resume nowhere.pt", "no checkpoint at nowhere.pt"),
