@@ -18,7 +18,7 @@ number of samples, C a number of channels, C0 = widths[0] the one at LR size)
     I^SR        sr              (N, 3, H, W)      unbounded, about [-1, 1]; G's image at z = 0
     I^H_z       hallucination   (N, 3, H, W)      the same, at z ~ N(0, I)
     g           gradient        (N, 3, H, W)      [0.001, 2 sqrt 2] of images, unbounded from G
-    z           z               (N, z_dim)        N(0, I), or all zero to reconstruct
+    z           z               (N, z_dim, h, w)  N(0, I), or all zero to reconstruct
     DS          downscale       -> (N, 3, h, w)   box average
     F           excess          (N, 3, h, w)      grey levels of disagreement with LR, >= 0
     phi_i       PerceptualLoss  a VGG-16 layer    features after a ReLU
@@ -43,7 +43,7 @@ itself or is silent, and some choice is forced.
         work (StyleGAN2's lazy regularisation).
     D8  A running average of G's weights (EMA) samples and is scored; the paper does not say.
 
-The second group is off in Config(), the paper as printed; RECOMMENDED turns on D9 to D11.
+The second group is off in Config(), the paper as printed; RECOMMENDED turns it on but for D12.
 
     D9  hard_consistency: G subtracts its disagreement with LR at every scale, so that (9) holds
         by construction. With the soft F alone, training failed in two ways: D_I told fakes by F
@@ -53,11 +53,14 @@ The second group is off in Config(), the paper as printed; RECOMMENDED turns on 
     D11 lr_g and lr_d are both 5e-4, so that hours suffice. The paper has 1e-4 for G and TTUR (two
         time-scale update rule: another rate for D), whose rate it does not give.
     D12 perceptual = "pixels": L1 on pixels in place of VGG features, for runs without weights.
+    D13 pixel: adds L1 on pixels at z = 0. VGG features alone leave PSNR lower than it can be.
+    D14 warmup: at first G alone learns z = 0. A step without D costs a quarter, and D then starts
+        against faces, not blurs.
 
 Silent in the paper, and chosen here: every norm in (6)-(8) is a mean, so that weights hold for any
 size; (6)-(8) and F act on the finest scale alone; DS is a box average; (10) and (11) are minimised
 in one step of G; F, which the paper brings in "at the last block", enters D_I before the residual
-blocks, where features first have LR's size.
+blocks, where features first have LR's size; z is a map of noise, other numbers at every LR pixel.
 
 Copying: "Needs" in a docstring lists the names that belong to a piece. Functions called require...
 and check... only raise clear errors: take them along, or delete the lines that call them.
@@ -96,9 +99,10 @@ class Config:
 
     size: int = setting(64, "ours", "side of the large image, in pixels")
     scale: int = setting(8, "section 4.1", "how many times smaller LR is, a power of two")
-    z_dim: int = setting(64, "ours", "length m of the noise vector z")
+    z_dim: int = setting(4, "ours", "numbers of the noise z at every LR pixel: m = z_dim h w")
     widths: tuple = setting((128, 96, 64, 32), "ours", "channels at each scale, coarse to fine")
-    blocks: int = setting(8, "Fig. 2", "residual blocks in G and in each discriminator")
+    blocks: int = setting(8, "Fig. 2", "residual blocks in G")
+    d_blocks: int = setting(8, "ours", "residual blocks in each discriminator")
     hard_consistency: bool = setting(False, "ours, D9", "make DS(image) = LR inside G")
     perceptual: str = setting("relu2_2", "ours", "VGG-16 layer of (6), or 'pixels' (D12)")
     gamma: float = setting(10.0, "section 4.1", "weight of perceptual and gradient loss in (10)")
@@ -107,6 +111,8 @@ class Config:
     tau: float = setting(1.0, "ours", "ceiling of the diversity loss (8)")
     eps: float = setting(0.1, "section 4.1", "free disagreement with LR in (12), in grey levels")
     tie: float = setting(0.0, "ours, D10", "weight of |g - grad(I)|")
+    pixel: float = setting(0.0, "ours, D13", "weight of L1 on pixels at z = 0, beside (10)")
+    warmup: int = setting(0, "ours, D14", "first steps, of G at z = 0 without D")
     r1_gamma: float = setting(10.0, "ours", "R1 weight; another gamma than (10)'s")
     r1_every: int = setting(16, "ours, D7", "steps from one R1 penalty to the next")
     lr_g: float = setting(1e-4, "section 4.1", "Adam's learning rate for G")
@@ -117,12 +123,13 @@ class Config:
     seed: int = setting(0, "ours", "seed of weights, batches and noise")
 
     def __post_init__(self):
-        check_architecture(self.widths, self.scale, self.blocks)
+        check_architecture(self.widths, self.scale, min(self.blocks, self.d_blocks))
         require(self.size >= 11 and self.size % self.scale == 0,  # SSIM's window is 11 wide
                 f"size must be 11 or more and a multiple of scale {self.scale}, got {self.size}")
         for name in ("batch", "r1_every", "tau", "lr_g", "lr_d"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("gamma", "beta", "alpha", "eps", "tie", "r1_gamma", "steps", "seed"):
+        for name in ("gamma", "beta", "alpha", "eps", "tie", "pixel", "warmup", "r1_gamma", "steps",
+                     "seed"):
             require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
         require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
         require(self.perceptual in ("pixels", *VGG_LAYERS),
@@ -130,8 +137,9 @@ class Config:
                 f"got {self.perceptual!r}")
 
 
-# The few fields of Config to change for a run of hours (D9 to D11).
-RECOMMENDED = dict(hard_consistency=True, tie=1.0, lr_g=5e-4, lr_d=5e-4)
+# What to change for a run of hours: D9 to D11, D13, D14, and fewer blocks in D, to save time.
+RECOMMENDED = dict(hard_consistency=True, tie=1.0, lr_g=5e-4, lr_d=5e-4, pixel=20.0, warmup=5000,
+                   d_blocks=2)
 
 
 def require(condition: bool, message: str):
@@ -382,30 +390,29 @@ class Generator(nn.Module):
     Works for any LR size; `z_dim` and `scale` are attributes.
     Source: Fig. 2. Needs: ResidualBlock, UpBlock, conv3x3, image_gradient, project_onto_lr.
 
-    forward(lr (N, 3, h, w) in [-1, 1], z (N, z_dim)) returns (images, gradients): two lists, coarse
-    to fine, of (N, 3, 2h, 2w) ... (N, 3, scale*h, scale*w), unbounded (clamp to show or save).
+    forward(lr (N, 3, h, w) in [-1, 1], z (N, z_dim, h, w)) returns (images, gradients): two lists,
+    coarse to fine, (N, 3, 2h, 2w) ... (N, 3, scale*h, scale*w), unbounded (clamp to show or save).
     Raises ValueError for wrong settings, shapes or channels.
     """
 
-    def __init__(self, z_dim: int = 64, widths: tuple = (128, 96, 64, 32), scale: int = 8,
+    def __init__(self, z_dim: int = 4, widths: tuple = (128, 96, 64, 32), scale: int = 8,
                  blocks: int = 8, hard_consistency: bool = False):
         super().__init__()
         check_architecture(widths, scale, blocks)
         require(z_dim >= 1, f"z_dim must be 1 or more, got {z_dim}")
         self.z_dim, self.scale, self.hard_consistency = z_dim, scale, hard_consistency
         self.head = conv3x3(3 + z_dim, widths[0])
-        with torch.no_grad():  # or z_dim channels of noise would drown the three of LR at first
+        with torch.no_grad():  # or noise would drown LR at first
             self.head.weight[:, 3:] *= 0.1
         self.trunk = nn.Sequential(*(ResidualBlock(widths[0]) for _ in range(blocks)))
         self.up_blocks = nn.ModuleList(UpBlock(*pair) for pair in zip(widths, widths[1:]))
 
     def forward(self, lr, z):
         require_images(lr, "lr")
-        require(z.shape == (len(lr), self.z_dim),
-                f"z must have shape ({len(lr)}, {self.z_dim}), got {tuple(z.shape)}")
-        # z belongs to no place in the image, so every pixel of LR gets the whole of it.
-        noise = z[:, :, None, None].expand(-1, -1, *lr.shape[-2:])         # (N, m, h, w)
-        features = self.head(torch.cat([lr, noise], 1))                    # (N, C0, h, w)
+        expected = (len(lr), self.z_dim, *lr.shape[-2:])
+        require(z.shape == expected, f"z must have shape {expected}, got {tuple(z.shape)}")
+        # Noise of its own for every LR pixel: an eye can change while the mouth stays.
+        features = self.head(torch.cat([lr, z], 1))                        # (N, C0, h, w)
         features = self.trunk(features)                                    # (N, C0, h, w)
         # Fig. 3's skip needs a start, which the paper does not name: LR and its own gradient.
         image, gradient = lr, image_gradient(lr)                           # (N, 3, h, w)
@@ -423,7 +430,7 @@ class Generator(nn.Module):
 def sample(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """The finest image alone, as it would be saved: (N, 3, H, W) on 8-bit levels of [-1, 1].
 
-    lr (N, 3, h, w), z (N, z_dim): zero to reconstruct, N(0, I) to hallucinate.
+    lr (N, 3, h, w), z (N, z_dim, h, w): zero to reconstruct, N(0, I) to hallucinate.
     """
     return quantize(generator(lr, z)[0][-1])
 
@@ -555,7 +562,7 @@ def diversity_loss(g1: torch.Tensor, g2: torch.Tensor, z1: torch.Tensor, z2: tor
                    tau: float = 1.0) -> torch.Tensor:
     """L_z of (8), to be *maximised*: how far the gradient images move per step in z, at most tau.
 
-    g1, g2 (N, C, H, W) are G's gradients at z1, z2 (N, z_dim) for the same LR -> scalar in
+    g1, g2 (N, C, H, W) are G's gradients at z1, z2, (N, ...) both, for the same LR -> scalar in
     [0, tau]. Both distances are mean absolute differences, as in the diversity-sensitive GAN that
     (8) comes from. Without it G may ignore z: nothing else in the loss rewards a difference.
     Raises ValueError for different shapes or tau <= 0.
@@ -564,7 +571,7 @@ def diversity_loss(g1: torch.Tensor, g2: torch.Tensor, z1: torch.Tensor, z2: tor
     require_same(g1, g2, "g1 and g2")
     require_same(z1, z2, "z1 and z2")
     moved = (g1 - g2).abs().mean((1, 2, 3))                                # (N,)
-    apart = (z1 - z2).abs().mean(1) + 1e-5                                 # (N,)
+    apart = (z1 - z2).abs().flatten(1).mean(1) + 1e-5                      # (N,)
     return (moved / apart).clamp(max=tau).mean()                           # (8)
 
 
@@ -760,20 +767,20 @@ def evaluate(generator: nn.Module, hr: torch.Tensor, samples: int = 10, lpips: L
     lpips; a hallucination's are means over its samples, and it has pixel_std and, with `lpips`,
     diversity. seed decides z and nothing else.
     """
-    rng = torch.Generator().manual_seed(seed)
-    z = temperature * torch.randn(len(hr), samples, generator.z_dim, generator=rng).to(hr.device)
-    parts = [evaluate_batch(generator, hr_part, z_part, lpips)
-             for hr_part, z_part in zip(hr.split(50), z.split(50))]  # 50 at a time fit any memory
+    lr, rng = quantize(downscale(hr, generator.scale)), torch.Generator().manual_seed(seed)
+    shape = (samples, len(lr), generator.z_dim, *lr.shape[-2:])
+    z = temperature * torch.randn(shape, generator=rng).to(hr.device)
+    parts = [evaluate_batch(generator, *part, lpips)
+             for part in zip(hr.split(50), lr.split(50), z.split(50, 1))]  # 50 fit any memory
     return {row: {name: torch.cat([part[row][name] for part in parts]) for name in metrics}
             for row, metrics in parts[0].items()}
 
 
-def evaluate_batch(generator, hr, z, lpips=None) -> dict:
-    """`evaluate` for images that fit memory at once, with z (N, K, z_dim)."""
-    lr = quantize(downscale(hr, generator.scale))
+def evaluate_batch(generator, hr, lr, z, lpips=None) -> dict:
+    """`evaluate` for images that fit memory at once, with z (K, N, z_dim, h, w)."""
     rows = {"bicubic": score(quantize(upscale_bicubic(lr, generator.scale)), hr, lr, lpips),
-            "SR": score(sample(generator, lr, torch.zeros_like(z[:, 0])), hr, lr, lpips)}
-    hallucinations = torch.stack([sample(generator, lr, latent) for latent in z.unbind(1)])
+            "SR": score(sample(generator, lr, torch.zeros_like(z[0])), hr, lr, lpips)}
+    hallucinations = torch.stack([sample(generator, lr, latent) for latent in z])
     scores = [score(image, hr, lr, lpips) for image in hallucinations]
     mean = {name: torch.stack([row[name] for row in scores]).mean(0) for name in rows["SR"]}
     mean["lr_psnr"] = mean_decibel(torch.stack([row["lr_psnr"] for row in scores]))
@@ -814,13 +821,13 @@ def contact_sheet(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor,
                   hr: torch.Tensor | None = None) -> torch.Tensor:
     """One picture of all that G makes, two rows per face: images above, their gradients below.
 
-    lr (N, 3, h, w), z (K, z_dim), the same z for every face, hr (N, 3, H, W) where it is known.
+    lr (N, 3, h, w), z (K, z_dim, h, w), the same for every face, hr (N, 3, H, W) where it is known.
     Columns: LR, bicubic, SR, K hallucinations, their standard deviation (white: 64 grey levels),
     HR. The gradients of SR and hallucinations are G's own, white is 1. Returns (3, height, width)
     in [0, 1].
     """
     latents = [torch.zeros_like(z[0]), *z]
-    outputs = [generator(lr, latent.expand(len(lr), -1)) for latent in latents]
+    outputs = [generator(lr, latent.expand(len(lr), -1, -1, -1)) for latent in latents]
     made = [quantize(images[-1]) for images, _ in outputs]
     spread = std_map(torch.stack(made[1:])) / 64
     enlarged = [upscale_nearest(lr, generator.scale), upscale_bicubic(lr, generator.scale)]

@@ -1,5 +1,6 @@
 """Sample a trained hallusr generator: photos in, many plausible faces out.
 
+    python sample.py                      try it on the portrait that comes with this repository
     python sample.py PHOTO...             grid, SR, hallucinations, mean, deviation map
     python sample.py SMALL... --lr        the images are low-resolution already
     python sample.py PHOTO --walk         and a GIF along a closed path in z
@@ -45,8 +46,10 @@ class Projected(torch.nn.Module):
 
 def parse_arguments(words=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("photos", nargs="*", metavar="PHOTO", help="image files")
-    parser.add_argument("--checkpoint", default=Path(__file__).with_name("assets") / "faces64.pt",
+    assets = Path(__file__).with_name("assets")
+    parser.add_argument("photos", nargs="*", metavar="PHOTO",
+                        help="image files (default: NASA's portrait of Eileen Collins, in assets/)")
+    parser.add_argument("--checkpoint", default=assets / "faces64.pt",
                         help="last.pt or best.pt of a training run (default: assets/faces64.pt)")
     parser.add_argument("--lr", action="store_true", help="the images are LR already")
     parser.add_argument("--samples", type=count, default=10, help="hallucinations (default: 10)")
@@ -62,8 +65,9 @@ def parse_arguments(words=None):
     parser.add_argument("--out", default="samples", help="folder for results (default: samples)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     found = parser.parse_args(words)
-    require(bool(found.photos) or found.evaluate is not None,
-            "nothing to do: name at least one photo, or a folder with --evaluate")
+    if not found.photos and not found.evaluate:
+        require(not found.lr, "--lr says that the images are LR already: name at least one")
+        found.photos = [str(assets / "astronaut.png")]
     names = [Path(path).stem for path in found.photos]
     require(len(set(names)) == len(names), f"two photos have one name, and so one folder: {names}")
     require(found.temperature >= 0, f"--temperature must be >= 0, got {found.temperature}")
@@ -94,8 +98,8 @@ def write_samples(generator, config, path: str, arguments):
     made = "as it is" if arguments.lr else f"from its centre square, resized to {config.size}"
     print(f"{path}: LR of {lr.shape[-1]}x{lr.shape[-2]} pixels, {made}")
     rng = torch.Generator().manual_seed(arguments.seed)
-    z = torch.randn(arguments.samples, generator.z_dim, generator=rng).to(lr.device)
-    z = arguments.temperature * z
+    z = torch.randn(arguments.samples, generator.z_dim, *lr.shape[-2:], generator=rng)
+    z = arguments.temperature * z.to(lr.device)
     latents = torch.cat([torch.zeros_like(z[:1]), z])
     samples = sample(generator, lr.expand(len(latents), -1, -1, -1), latents)
     names = ["sr"] + [f"hallucination_{k}" for k in range(1, len(latents))]
@@ -111,7 +115,7 @@ def write_samples(generator, config, path: str, arguments):
         save_image(image, folder / f"{name}.png", normalize=True, value_range=(-1, 1))
     save_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
     if arguments.walk:
-        a, b = arguments.temperature * torch.randn(2, generator.z_dim, generator=rng).to(lr.device)
+        a, b = arguments.temperature * torch.randn(2, *z[0].shape, generator=rng).to(lr.device)
         write_walk(generator, lr, a, b, folder / "walk.gif")
     print(f"  written to {folder}/: {', '.join(images)}, grid{', walk' * arguments.walk}")
 
@@ -121,7 +125,7 @@ def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
 
     On that circle every point is as likely as any other; a straight line would pass near z = 0.
     """
-    angles = torch.arange(frames, device=lr.device)[:, None] * 2 * math.pi / frames
+    angles = torch.arange(frames, device=lr.device).view(-1, 1, 1, 1) * 2 * math.pi / frames
     images = sample(generator, lr.expand(frames, -1, -1, -1), angles.cos() * a + angles.sin() * b)
     shown = to_levels(upscale_nearest(images, 3)).to(torch.uint8).cpu()
     first, *rest = [to_pil_image(image) for image in shown]

@@ -23,6 +23,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps  # Pillow comes with torchvision
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,63 +44,86 @@ from hallusr import (LPIPS, RECOMMENDED, Config, Discriminator, PerceptualLoss, 
 
 def train(config: Config, arguments, perceptual, faces, valid):
     """Train until config.steps or Ctrl-C. Logs, pictures and checkpoints go to arguments.out."""
-    device, levels, B = arguments.device, len(config.widths) - 1, config.batch
-    nets = Networks(config, device)
+    nets = Networks(config, arguments.device)
     start = resume(nets, config, arguments)
-    G, D_I, D_g = (torch.compile(net) if arguments.compile else net
-                   for net in (nets.G, nets.D_I, nets.D_g))
+    if arguments.compile:
+        nets.compile()
     report = (Stopwatch if arguments.benchmark else Report)(config, arguments, nets, valid, start)
     amp = autocast(arguments)
 
     for step in range(start, config.steps):
-        hr, z1, z2 = batch_at(faces, config, step, device)
-        lr = quantize(downscale(hr, config.scale))
-        real_I = pyramid(hr, levels)
-        real_g = [image_gradient(image) for image in real_I]
-        zero = torch.zeros_like(lr)
-
-        # G once, three versions of every face: (1) the reconstruction at z = 0, (2) at z1 and z2.
-        with amp:
-            all_I, all_g = G(lr.repeat(3, 1, 1, 1), torch.cat([torch.zeros_like(z1), z1, z2]))
-        sr, h1, h2 = all_I[-1].chunk(3)
-        g_sr, g1, g2 = all_g[-1].chunk(3)
-        fake_I, fake_g = first(2 * B, all_I), first(2 * B, all_g)  # SR and z1: z2 is for (8) alone
-        excess = consistency(fake_I[-1], lr.repeat(2, 1, 1, 1), config.eps, config.scale)  # F
-
-        # D step: minimise -log D(real) - log(1 - D(fake)) for D_I and D_g, with R1 now and then.
-        with amp:
-            both_I = D_I(join(real_I, fake_I), torch.cat([zero, excess.detach()])).float()
-            both_g = D_g(join(real_g, fake_g)).float()
-        D_loss = (discriminator_loss(both_I[:B], both_I[B:])
-                  + discriminator_loss(both_g[:B], both_g[B:]))
-        r1 = torch.zeros((), device=device)
-        # R1 seldom, but then with the weight of all steps (D7); torch.compile can not do it.
-        if step % config.r1_every == 0:
-            r1 = config.r1_every * (r1_of(nets.D_I, real_I, zero) + r1_of(nets.D_g, real_g))
-        descend(nets.opt_D, D_loss + config.r1_gamma / 2 * r1)
-
-        # G step: minimise (10) for z = 0 plus (11) for z1, z2, against the D just improved.
-        nets.D.requires_grad_(False)  # G needs the slope through D, nobody needs D's own now
-        with amp:
-            l_percp = perceptual(sr, hr)
-            sr_I, h_I = D_I(fake_I, excess).float().chunk(2)
-            sr_g, h_g = D_g(fake_g).float().chunk(2)
-        l_grad = gradient_loss(g_sr, real_g[-1])
-        l_z = diversity_loss(g1, g2, z1, z2, config.tau)
-        recons = reconstruction_loss(l_percp, l_grad, generator_loss(sr_g), generator_loss(sr_I),
-                                     config.gamma, config.beta)
-        halluc = hallucination_loss(generator_loss(h_g), generator_loss(h_I), l_z, config.alpha)
-        tie = gradient_loss(all_g[-1], image_gradient(all_I[-1]))  # D10
-        descend(nets.opt_G, recons + halluc + config.tie * tie)
-        nets.D.requires_grad_(True)
+        hr, z1, z2 = batch_at(faces, config, step, arguments.device)
+        if step < config.warmup:  # a face first, then its variants
+            terms = reconstruction_step(nets, perceptual, amp, config, hr)
+        else:
+            terms = adversarial_step(nets, perceptual, amp, config, hr, z1, z2, step)
         nets.update_ema(config.ema, step)
-
-        report.add(D_I_real=both_I[:B], D_I_fake=both_I[B:], D_g_real=both_g[:B],
-                   D_g_fake=both_g[B:], R1=r1, L_percp=l_percp, L_grad=l_grad, L_z=l_z, tie=tie,
-                   F=excess, image_moves=(h1 - h2).abs() * 127.5)
+        report.add(**terms)
         if report.after(step + 1):
             break
     report.goodbye()
+
+
+def reconstruction_step(nets, perceptual, amp, config: Config, hr) -> dict:
+    """The first steps: G at z = 0 without D (D14). Returns the terms for the log."""
+    lr = quantize(downscale(hr, config.scale))
+    z = torch.zeros(len(lr), config.z_dim, *lr.shape[-2:], device=lr.device)
+    with amp:
+        all_I, all_g = nets.G(lr, z)
+        l_percp = perceptual(all_I[-1], hr)
+    l_grad = gradient_loss(all_g[-1], image_gradient(hr))
+    l_pixel = F.l1_loss(all_I[-1], hr)
+    tie = gradient_loss(all_g[-1], image_gradient(all_I[-1]))  # D10
+    descend(nets.opt_G, config.gamma * (l_percp + l_grad) + config.pixel * l_pixel
+            + config.tie * tie)
+    return dict(L_percp=l_percp, L_grad=l_grad, L_pixel=l_pixel, tie=tie)
+
+
+def adversarial_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) -> dict:
+    """One step of both players, D first. Returns the terms for the log."""
+    G, D_I, D_g, B, levels = nets.G, nets.D_I, nets.D_g, len(hr), len(config.widths) - 1
+    lr = quantize(downscale(hr, config.scale))
+    real_I = pyramid(hr, levels)
+    real_g = [image_gradient(image) for image in real_I]
+    zero = torch.zeros_like(lr)
+
+    # G once, three versions of every face: (1) the reconstruction at z = 0, (2) at z1 and z2.
+    with amp:
+        all_I, all_g = G(lr.repeat(3, 1, 1, 1), torch.cat([torch.zeros_like(z1), z1, z2]))
+    sr, h1, h2 = all_I[-1].chunk(3)
+    g_sr, g1, g2 = all_g[-1].chunk(3)
+    fake_I, fake_g = first(2 * B, all_I), first(2 * B, all_g)  # SR and z1: z2 is for (8) alone
+    excess = consistency(fake_I[-1], lr.repeat(2, 1, 1, 1), config.eps, config.scale)  # F
+
+    # D step: minimise -log D(real) - log(1 - D(fake)) for D_I and D_g, with R1 now and then.
+    with amp:
+        both_I = D_I(join(real_I, fake_I), torch.cat([zero, excess.detach()])).float()
+        both_g = D_g(join(real_g, fake_g)).float()
+    D_loss = (discriminator_loss(both_I[:B], both_I[B:])
+              + discriminator_loss(both_g[:B], both_g[B:]))
+    r1 = torch.zeros((), device=hr.device)
+    if step % config.r1_every == 0:  # seldom, but then with the weight of all steps (D7)
+        r1 = config.r1_every * (r1_of(D_I, real_I, zero) + r1_of(D_g, real_g))
+    descend(nets.opt_D, D_loss + config.r1_gamma / 2 * r1)
+
+    # G step: minimise (10) for z = 0 plus (11) for z1, z2, against the D just improved.
+    nets.D.requires_grad_(False)  # G needs the slope through D, nobody needs D's own now
+    with amp:
+        l_percp = perceptual(sr, hr)
+        sr_I, h_I = D_I(fake_I, excess).float().chunk(2)
+        sr_g, h_g = D_g(fake_g).float().chunk(2)
+    l_grad = gradient_loss(g_sr, real_g[-1])
+    l_pixel = F.l1_loss(sr, hr)  # D13
+    l_z = diversity_loss(g1, g2, z1, z2, config.tau)
+    recons = reconstruction_loss(l_percp, l_grad, generator_loss(sr_g), generator_loss(sr_I),
+                                 config.gamma, config.beta)
+    halluc = hallucination_loss(generator_loss(h_g), generator_loss(h_I), l_z, config.alpha)
+    tie = gradient_loss(all_g[-1], image_gradient(all_I[-1]))  # D10
+    descend(nets.opt_G, recons + halluc + config.pixel * l_pixel + config.tie * tie)
+    nets.D.requires_grad_(True)
+    return dict(D_I_real=both_I[:B], D_I_fake=both_I[B:], D_g_real=both_g[:B],
+                D_g_fake=both_g[B:], R1=r1, L_percp=l_percp, L_grad=l_grad, L_pixel=l_pixel,
+                L_z=l_z, tie=tie, F=excess, image_moves=(h1 - h2).abs() * 127.5)
 
 
 def autocast(arguments):
@@ -127,7 +151,8 @@ def join(real: list, fake: list) -> list:
 def r1_of(D, images: list, condition=None) -> torch.Tensor:
     """R1 of one discriminator at real images, in float32: two derivatives need the digits."""
     images = [image.detach().requires_grad_() for image in images]
-    return r1_penalty(D(images, condition), images)
+    logits = D.forward(images, condition)  # not D(...): torch.compile can not differentiate twice
+    return r1_penalty(logits, images)
 
 
 def make_perceptual(config: Config) -> torch.nn.Module:
@@ -157,7 +182,7 @@ class Networks:
 
     def __init__(self, config: Config, device):
         torch.manual_seed(config.seed)
-        shape = (config.widths, config.scale, config.blocks)
+        shape = (config.widths, config.scale, config.d_blocks)
         self.G = build_generator(config)
         self.ema = copy.deepcopy(self.G).requires_grad_(False)
         self.D_I = Discriminator(*shape, condition_channels=3)
@@ -166,8 +191,13 @@ class Networks:
         for module in (self.G, self.ema, self.D):  # the layout in which convolutions are fastest
             module.to(device, memory_format=torch.channels_last)
         betas = (0.0, 0.9)  # section 4.1: no momentum, or each player overshoots the other
-        self.opt_G = torch.optim.Adam(self.G.parameters(), config.lr_g, betas)
-        self.opt_D = torch.optim.Adam(self.D.parameters(), config.lr_d, betas)
+        self.opt_G = torch.optim.Adam(self.G.parameters(), config.lr_g, betas, fused=True)
+        self.opt_D = torch.optim.Adam(self.D.parameters(), config.lr_d, betas, fused=True)
+
+    def compile(self):
+        """torch.compile, in place, of all that the loop calls."""
+        for network in (self.G, self.D_I, self.D_g):
+            network.compile()
 
     def state(self) -> dict:
         """State dicts of all but the running average, which the checkpoint has as `generator`."""
@@ -323,18 +353,18 @@ def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     else:  # every 20th photo is kept away from training
         faces = stack(FolderFaces(arguments.data, config.size))
         held_out = torch.arange(len(faces)) % 20 == 0
-        return faces[~held_out], faces[held_out]
+        return faces[~held_out], faces[held_out][:arguments.val_faces]
     return stack(train), stack(valid, arguments.val_faces)
 
 
 def stack(dataset: Dataset, most: int | None = None) -> torch.Tensor:
     """The dataset, or its first `most` items, as one tensor. CelebA's are (image, label) pairs."""
-    faces, count = None, min(len(dataset), most or len(dataset))
-    for i in range(count):
+    faces, wanted = None, min(len(dataset), most or len(dataset))
+    for i in range(wanted):
         item = dataset[i]
         image = item[0] if isinstance(item, tuple) else item
         if faces is None:  # filled in place: a list and its stack would take twice the memory
-            faces = torch.empty(count, *image.shape, dtype=image.dtype)
+            faces = torch.empty(wanted, *image.shape, dtype=image.dtype)
         faces[i] = image
     return faces
 
@@ -374,14 +404,15 @@ def celeba(root: str, split: str, size: int) -> Dataset:
 
 
 def batch_at(faces: torch.Tensor, config: Config, step: int, device) -> tuple:
-    """The faces and noise of one step: hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim).
+    """The faces and noise of one step: hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w).
 
     A function of (seed, step) alone, so that a resumed run sees what an unbroken one would.
     """
     rng = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     chosen = torch.randint(len(faces), (config.batch,), generator=rng)
     mirrored = torch.rand(config.batch, generator=rng) < 0.5
-    z1, z2 = torch.randn(2, config.batch, config.z_dim, generator=rng)
+    small = config.size // config.scale
+    z1, z2 = torch.randn(2, config.batch, config.z_dim, small, small, generator=rng)
     hr = faces[chosen]
     hr[mirrored] = hr[mirrored].flip(-1)
     return from_levels(hr.to(device)), z1.to(device), z2.to(device)
@@ -422,9 +453,9 @@ class Report:
         self.out.mkdir(parents=True, exist_ok=True)
         self.log_table = Table(self.out / "log.csv", start)
         self.valid_table = Table(self.out / "valid.csv", start)
-        self.valid = from_levels(valid[:arguments.val_faces]).to(arguments.device)
+        self.valid = from_levels(valid).to(arguments.device)
         self.lpips = find_lpips(config, arguments.device)
-        self.sums, self.count, self.stop, self.done = {}, 0, False, False
+        self.terms, self.count, self.stop, self.done = {}, 0, False, False
         self.began = self.since = time.time()
         signal.signal(signal.SIGINT, self.interrupt)
 
@@ -437,7 +468,7 @@ class Report:
         """Collect tensors of one step; each is logged as its mean over the interval."""
         self.count += 1
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().mean()
+            self.terms.setdefault(name, []).append(value.detach().mean())
 
     def after(self, step: int) -> bool:
         """Whatever is due after this many steps. True when the loop is to end."""
@@ -461,7 +492,7 @@ class Report:
 
     def log(self, step: int):
         """One line and one CSV row. Raises FloatingPointError, naming the term, at NaN or Inf."""
-        means = {name: (total / self.count).item() for name, total in self.sums.items()}
+        means = {name: torch.stack(terms).mean().item() for name, terms in self.terms.items()}
         weights = itertools.chain(self.nets.G.parameters(), self.nets.D.parameters())
         sums = {"a weight": sum(weight.detach().sum() for weight in weights).item()}
         for name, value in (means | sums).items():
@@ -473,7 +504,7 @@ class Report:
         print(f"{clear_line()}step {step}  {pace:.1f} images/s  eta {self.eta(step)}  {text}",
               flush=True)
         self.log_table.write({"step": step, "images_per_s": pace} | means)
-        self.sums, self.count, self.since = {}, 0, time.time()
+        self.terms, self.count, self.since = {}, 0, time.time()
 
     def validate(self, step: int):
         """Score the running average on the validation faces, draw the grid, keep the best."""
@@ -483,9 +514,10 @@ class Report:
             print(f"  {name:13}  " + "  ".join(f"{key} {row[key]:.3f}" for key in row), flush=True)
         self.valid_table.write({"step": step} | {
             f"{name}_{key}": value for name, row in rows.items() for key, value in row.items()})
-        z = torch.randn(6, self.config.z_dim, generator=torch.Generator().manual_seed(0))
         hr = self.valid[:6]
         lr = quantize(downscale(hr, self.config.scale))
+        rng = torch.Generator().manual_seed(0)
+        z = torch.randn(6, self.config.z_dim, *lr.shape[-2:], generator=rng)
         save_image(contact_sheet(nets.ema, lr, z.to(arguments.device), hr), self.out / "grid.png")
         if self.valid_table.last_is_best(*(("SR_lpips", -1) if self.lpips else ("SR_psnr", 1))):
             self.save("best.pt", step)
@@ -540,7 +572,8 @@ def report_hidden(generator, config: Config, device, faces: int = 100, samples: 
     variants = torch.stack(variants).to(device)                    # (4, faces, 3, H, W)
     lr = quantize(downscale(variants[0], config.scale))
     rng = torch.Generator().manual_seed(0)
-    latents = torch.randn(samples, faces, config.z_dim, generator=rng).to(device)
+    shape = (samples, faces, config.z_dim, *lr.shape[-2:])
+    latents = torch.randn(shape, generator=rng).to(device)
     with torch.no_grad():
         images = torch.stack([sample(generator, lr, z) for z in latents])
     nearest = (images[:, None] - variants).square().mean((3, 4, 5)).argmin(1)  # (samples, faces)
@@ -607,7 +640,7 @@ class Stopwatch:
         self.report_rate("step without R1", self.counter.get_total_flops(), plain)
         for batch in (1, 64):
             lr = torch.zeros(batch, 3, *2 * [self.config.size // self.config.scale])
-            z = torch.zeros(batch, self.config.z_dim)
+            z = torch.zeros(batch, self.config.z_dim, *lr.shape[-2:])
             inputs = lr.to(self.arguments.device), z.to(self.arguments.device)
             with autocast(self.arguments), FlopCounterMode(display=False) as count:
                 sample(self.nets.ema, *inputs)
@@ -668,7 +701,8 @@ def peak_memory(device) -> int:
 
 
 # A small network for a first look without data or weights: minutes on two CPU cores.
-SKETCH_SETTINGS = dict(widths=(64, 48, 32, 16), blocks=4, perceptual="pixels", steps=1000)
+SKETCH_SETTINGS = dict(widths=(64, 48, 32, 16), blocks=4, perceptual="pixels", pixel=0.0, warmup=0,
+                       steps=1000)
 
 
 def parse_arguments(words=None):
@@ -687,7 +721,7 @@ def parse_arguments(words=None):
     run.add_argument("--resume", metavar="CHECKPOINT",
                      help="go on from this last.pt, with its data and its settings")
     run.add_argument("--preset", choices=("recommended", "paper"),
-                     help="paper: as printed; recommended: with D9 to D11 (default)")
+                     help="paper: as printed; recommended: what hours suffice for (default)")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--amp", action=argparse.BooleanOptionalAction,
                      help="bfloat16 autocast (default: where the device computes in it)")
@@ -748,7 +782,7 @@ def prepare(arguments) -> Config:
     config = replace(config, **{k: v for k, v in vars(arguments).items() if k in names})
     if arguments.benchmark:
         require(not arguments.resume, "--benchmark starts afresh: no --resume")
-        config = replace(config, steps=Stopwatch.WARMUP + Stopwatch.STEPS)
+        config = replace(config, steps=Stopwatch.WARMUP + Stopwatch.STEPS, warmup=0)
     arguments.device = find_device(arguments.device)
     if arguments.amp is None:
         arguments.amp = has_bfloat16(arguments.device)
@@ -771,11 +805,13 @@ def find_out(arguments) -> Path:
 
 
 def deviations(config: Config) -> list[str]:
-    """Which of the optional deviations D9 to D12 these settings turn on."""
+    """Which of the optional deviations D9 to D14 these settings turn on."""
     rates = (config.lr_g, config.lr_d) != (Config().lr_g, Config().lr_d)
     on = {"D9 hard consistency": config.hard_consistency, f"D10 tie {config.tie:g}": config.tie,
           f"D11 learning rates {config.lr_g:g}, {config.lr_d:g}": rates,
-          "D12 L1 on pixels for (6)": config.perceptual == "pixels"}
+          "D12 L1 on pixels for (6)": config.perceptual == "pixels",
+          f"D13 L1 on pixels beside (6), {config.pixel:g}": config.pixel,
+          f"D14 {config.warmup} steps without D": config.warmup}
     return [name for name, active in on.items() if active]
 
 
