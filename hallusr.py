@@ -42,31 +42,30 @@ itself or is silent, and some choice is forced.
     D7  R1 is taken every 16th step with 16 times its weight: the same average, a fraction of the
         work (StyleGAN2's lazy regularisation).
     D8  A running average of G's weights (EMA) samples and is scored; the paper does not say.
+    D15 z is a map, z_dim numbers for every LR pixel, not one vector (m = z_dim h w): the same
+        vector at every pixel moved all faces alike, and a mouth never without the eyes.
 
-The second group is off in Config(), the paper as printed; RECOMMENDED turns it on but for D12.
+The second group is off in Config(), the paper as printed; RECOMMENDED turns on all but D12.
 
     D9  hard_consistency: G subtracts its disagreement with LR at every scale, so that (9) holds
         by construction. With the soft F alone, training failed in two ways: D_I told fakes by F
         alone, or G stayed at plain upsampling to keep F at 0.
-    D10 tie: adds |g - grad(I)|. Nothing printed forces the gradient output to be the gradient of
-        the image output, so L_z could be earned in g while the image ignores z.
+    D10 tie: adds |g - grad(I)| of all that G makes. Nothing printed forces its gradient output to
+        be the gradient of its image, so L_z could be earned in g while the image ignores z.
     D11 lr_g and lr_d are both 5e-4, so that hours suffice. The paper has 1e-4 for G and TTUR (two
         time-scale update rule: another rate for D), whose rate it does not give.
     D12 perceptual = "pixels": L1 on pixels in place of VGG features, for runs without weights.
     D13 pixel: adds L1 on pixels at z = 0. VGG features alone leave PSNR lower than it can be.
-    D14 warmup: at first G alone learns z = 0. A step without D costs a quarter, and D then starts
-        against faces, not blurs.
+    D14 warmup: the first steps minimise (10) without L_adv, so D meets faces, not blurs.
+    D16 d_blocks: fewer residual blocks in D_I and D_g than section 3.2's "like the generator".
 
 Silent in the paper, and chosen here: every norm in (6)-(8) is a mean, so that weights hold for any
 size; (6)-(8) and F act on the finest scale alone; DS is a box average; (10) and (11) are minimised
 in one step of G; F, which the paper brings in "at the last block", enters D_I before the residual
-blocks, where features first have LR's size; z is a map of noise, other numbers at every LR pixel.
+blocks, where features first have LR's size.
 
 Copying: "Needs" in a docstring lists the names that belong to a piece. Functions called require...
 and check... only raise clear errors: take them along, or delete the lines that call them.
-
-Contents: settings - image space - 2.1 the gradient - 3.2 architecture - 3.1 conditioning -
-2.1-2.3 losses - 4.2 metrics - pictures and checkpoints.
 """
 from __future__ import annotations
 
@@ -99,10 +98,10 @@ class Config:
 
     size: int = setting(64, "ours", "side of the large image, in pixels")
     scale: int = setting(8, "section 4.1", "how many times smaller LR is, a power of two")
-    z_dim: int = setting(4, "ours", "numbers of the noise z at every LR pixel: m = z_dim h w")
+    z_dim: int = setting(4, "ours, D15", "numbers of the noise z at every LR pixel")
     widths: tuple = setting((128, 96, 64, 32), "ours", "channels at each scale, coarse to fine")
     blocks: int = setting(8, "Fig. 2", "residual blocks in G")
-    d_blocks: int = setting(8, "ours", "residual blocks in each discriminator")
+    d_blocks: int = setting(8, "section 3.2", "residual blocks in each discriminator (D16)")
     hard_consistency: bool = setting(False, "ours, D9", "make DS(image) = LR inside G")
     perceptual: str = setting("relu2_2", "ours", "VGG-16 layer of (6), or 'pixels' (D12)")
     gamma: float = setting(10.0, "section 4.1", "weight of perceptual and gradient loss in (10)")
@@ -126,10 +125,9 @@ class Config:
         check_architecture(self.widths, self.scale, min(self.blocks, self.d_blocks))
         require(self.size >= 11 and self.size % self.scale == 0,  # SSIM's window is 11 wide
                 f"size must be 11 or more and a multiple of scale {self.scale}, got {self.size}")
-        for name in ("batch", "r1_every", "tau", "lr_g", "lr_d"):
+        for name in ("batch", "steps", "r1_every", "tau", "lr_g", "lr_d"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("gamma", "beta", "alpha", "eps", "tie", "pixel", "warmup", "r1_gamma", "steps",
-                     "seed"):
+        for name in ("gamma", "beta", "alpha", "eps", "tie", "pixel", "warmup", "r1_gamma", "seed"):
             require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
         require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
         require(self.perceptual in ("pixels", *VGG_LAYERS),
@@ -137,8 +135,8 @@ class Config:
                 f"got {self.perceptual!r}")
 
 
-# What to change for a run of hours: D9 to D11, D13, D14, and fewer blocks in D, to save time.
-RECOMMENDED = dict(hard_consistency=True, tie=1.0, lr_g=5e-4, lr_d=5e-4, pixel=20.0, warmup=5000,
+# What to change for a run of hours: all deviations from D9 on but for D12.
+RECOMMENDED = dict(hard_consistency=True, tie=1.0, lr_g=5e-4, lr_d=5e-4, pixel=20.0, warmup=3000,
                    d_blocks=2)
 
 
@@ -402,7 +400,7 @@ class Generator(nn.Module):
         require(z_dim >= 1, f"z_dim must be 1 or more, got {z_dim}")
         self.z_dim, self.scale, self.hard_consistency = z_dim, scale, hard_consistency
         self.head = conv3x3(3 + z_dim, widths[0])
-        with torch.no_grad():  # or noise would drown LR at first
+        with torch.no_grad():  # three channels of LR, more of noise: z must not drown it
             self.head.weight[:, 3:] *= 0.1
         self.trunk = nn.Sequential(*(ResidualBlock(widths[0]) for _ in range(blocks)))
         self.up_blocks = nn.ModuleList(UpBlock(*pair) for pair in zip(widths, widths[1:]))
@@ -411,7 +409,7 @@ class Generator(nn.Module):
         require_images(lr, "lr")
         expected = (len(lr), self.z_dim, *lr.shape[-2:])
         require(z.shape == expected, f"z must have shape {expected}, got {tuple(z.shape)}")
-        # Noise of its own for every LR pixel: an eye can change while the mouth stays.
+        # Every LR pixel has noise of its own (D15): an eye can change while the mouth stays.
         features = self.head(torch.cat([lr, z], 1))                        # (N, C0, h, w)
         features = self.trunk(features)                                    # (N, C0, h, w)
         # Fig. 3's skip needs a start, which the paper does not name: LR and its own gradient.
@@ -845,7 +843,7 @@ def save_checkpoint(path: str | Path, config: Config, generator: nn.Module, **tr
     `training` holds plain values and state dicts only, so that plain torch.load reads the file. It
     is first written beside `path` and then renamed: a crash never leaves half a checkpoint.
     """
-    payload = {"hallusr": 1, "config": asdict(config), "generator": generator.state_dict()}
+    payload = {"hallusr": 2, "config": asdict(config), "generator": generator.state_dict()}
     temporary = Path(f"{path}.tmp")
     torch.save(payload | training, temporary)
     os.replace(temporary, path)
@@ -864,6 +862,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> tuple[Config, dict
         raise ValueError(f"{path} is damaged or no checkpoint: {error}".splitlines()[0]) from error
     require(isinstance(content, dict) and {"hallusr", "config", "generator"} <= set(content),
             f"{path} is not a hallusr checkpoint")
+    require(content["hallusr"] == 2, f"{path} is of format {content['hallusr']}, expected 2")
     known = {item.name for item in fields(Config)}
     unknown = set(content["config"]) - known
     require(not unknown, f"{path} has settings this version does not know: {sorted(unknown)}")

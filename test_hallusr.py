@@ -570,8 +570,9 @@ def test_a_truncated_checkpoint_is_named(tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (b"not a checkpoint", "is damaged or no checkpoint"), ({"weights": 1}, "not a hallusr"),
-    ({"hallusr": 1, "config": {"colour": 3}, "generator": {}}, "does not know.*colour"),
-    ({"hallusr": 1, "config": {}}, "not a hallusr")])
+    ({"hallusr": 2, "config": {"colour": 3}, "generator": {}}, "does not know.*colour"),
+    ({"hallusr": 1, "config": {}, "generator": {}}, "is of format 1, expected 2"),
+    ({"hallusr": 2, "config": {}}, "not a hallusr")])
 def test_wrong_checkpoints_are_named(tmp_path, content, words):
     path = tmp_path / "bad.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -663,7 +664,7 @@ def test_the_first_steps_go_down_their_loss():
     loss = 2 * (pixels + edges) + 5 * pixels + 3 * tie
     expected = torch.autograd.grad(loss, nets.G.trunk[0].conv1.weight)[0]
     still = torch.autocast("cpu", enabled=False)
-    train.reconstruction_step(nets, torch.nn.L1Loss(), still, config, hr)
+    train.warmup_step(nets, torch.nn.L1Loss(), still, config, hr)
     torch.testing.assert_close(nets.G.trunk[0].conv1.weight.grad, expected)
 
 
@@ -686,6 +687,7 @@ def test_the_best_row_is_found_among_missing_values(tmp_path):
     for step, row in enumerate([{"psnr": 20.0}, {"psnr": 21.0, "lpips": 0.3}, {"psnr": 19.0}]):
         table.write({"step": step} | row)
     assert not table.last_is_best("psnr", 1) and table.last_is_best("psnr", -1)
+    assert table.last_is_best("psnr", 1, warmup=1) and not table.last_is_best("psnr", 1, warmup=2)
     again = train.Table(tmp_path / "valid.csv", start=1)
     assert [row["psnr"] for row in again.rows] == ["20.0", "21.0"]
     assert again.last_is_best("lpips", -1)
@@ -817,7 +819,7 @@ def test_every_setting_is_a_flag_that_overrides_the_preset():
     config = settings("--data x --tie 0.5 --no-hard-consistency")
     assert (config.tie, config.hard_consistency, config.lr_g) == (0.5, False, 5e-4)
     assert settings("--data x --preset paper") == Config()
-    assert train.deviations(Config()) == [] and len(train.deviations(settings("--data x"))) == 5
+    assert train.deviations(Config()) == [] and len(train.deviations(settings("--data x"))) == 6
 
 
 def test_resume_takes_data_and_settings_from_the_run(tmp_path):

@@ -23,7 +23,6 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps  # Pillow comes with torchvision
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,8 +52,8 @@ def train(config: Config, arguments, perceptual, faces, valid):
 
     for step in range(start, config.steps):
         hr, z1, z2 = batch_at(faces, config, step, arguments.device)
-        if step < config.warmup:  # a face first, then its variants
-            terms = reconstruction_step(nets, perceptual, amp, config, hr)
+        if step < config.warmup:  # a face first, then its variants (never as printed: D14)
+            terms = warmup_step(nets, perceptual, amp, config, hr)
         else:
             terms = adversarial_step(nets, perceptual, amp, config, hr, z1, z2, step)
         nets.update_ema(config.ema, step)
@@ -64,15 +63,15 @@ def train(config: Config, arguments, perceptual, faces, valid):
     report.goodbye()
 
 
-def reconstruction_step(nets, perceptual, amp, config: Config, hr) -> dict:
-    """The first steps: G at z = 0 without D (D14). Returns the terms for the log."""
+def warmup_step(nets, perceptual, amp, config: Config, hr) -> dict:
+    """A first step (D14): (10) without its L_adv, no D, no z. Returns the terms for the log."""
     lr = quantize(downscale(hr, config.scale))
     z = torch.zeros(len(lr), config.z_dim, *lr.shape[-2:], device=lr.device)
     with amp:
         all_I, all_g = nets.G(lr, z)
         l_percp = perceptual(all_I[-1], hr)
     l_grad = gradient_loss(all_g[-1], image_gradient(hr))
-    l_pixel = F.l1_loss(all_I[-1], hr)
+    l_pixel = (all_I[-1] - hr).abs().mean()                    # D13
     tie = gradient_loss(all_g[-1], image_gradient(all_I[-1]))  # D10
     descend(nets.opt_G, config.gamma * (l_percp + l_grad) + config.pixel * l_pixel
             + config.tie * tie)
@@ -88,15 +87,16 @@ def adversarial_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: in
     zero = torch.zeros_like(lr)
 
     # G once, three versions of every face: (1) the reconstruction at z = 0, (2) at z1 and z2.
-    with amp:
+    with amp:  # lists over scales, of (3B, 3, ., .)
         all_I, all_g = G(lr.repeat(3, 1, 1, 1), torch.cat([torch.zeros_like(z1), z1, z2]))
-    sr, h1, h2 = all_I[-1].chunk(3)
-    g_sr, g1, g2 = all_g[-1].chunk(3)
-    fake_I, fake_g = first(2 * B, all_I), first(2 * B, all_g)  # SR and z1: z2 is for (8) alone
+    sr, h1, h2 = all_I[-1].chunk(3)                                           # (B, 3, H, W) each
+    g_sr, g1, g2 = all_g[-1].chunk(3)                                         # (B, 3, H, W) each
+    # D judges SR and z1, 2B images; z2 is there for the distance in (8) alone.
+    fake_I, fake_g = first(2 * B, all_I), first(2 * B, all_g)
     excess = consistency(fake_I[-1], lr.repeat(2, 1, 1, 1), config.eps, config.scale)  # F
 
     # D step: minimise -log D(real) - log(1 - D(fake)) for D_I and D_g, with R1 now and then.
-    with amp:
+    with amp:  # logits (3B, 1, h, w): B real, then 2B fake
         both_I = D_I(join(real_I, fake_I), torch.cat([zero, excess.detach()])).float()
         both_g = D_g(join(real_g, fake_g)).float()
     D_loss = (discriminator_loss(both_I[:B], both_I[B:])
@@ -106,14 +106,14 @@ def adversarial_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: in
         r1 = config.r1_every * (r1_of(D_I, real_I, zero) + r1_of(D_g, real_g))
     descend(nets.opt_D, D_loss + config.r1_gamma / 2 * r1)
 
-    # G step: minimise (10) for z = 0 plus (11) for z1, z2, against the D just improved.
+    # G step: minimise (10) for z = 0 plus (11) for z1, against the D just improved.
     nets.D.requires_grad_(False)  # G needs the slope through D, nobody needs D's own now
     with amp:
         l_percp = perceptual(sr, hr)
         sr_I, h_I = D_I(fake_I, excess).float().chunk(2)
         sr_g, h_g = D_g(fake_g).float().chunk(2)
     l_grad = gradient_loss(g_sr, real_g[-1])
-    l_pixel = F.l1_loss(sr, hr)  # D13
+    l_pixel = (sr - hr).abs().mean()                           # D13
     l_z = diversity_loss(g1, g2, z1, z2, config.tau)
     recons = reconstruction_loss(l_percp, l_grad, generator_loss(sr_g), generator_loss(sr_I),
                                  config.gamma, config.beta)
@@ -438,10 +438,11 @@ class Table:
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def last_is_best(self, name: str, sign: int) -> bool:
-        """Is the last row's value the largest (sign 1) or the smallest (sign -1) of its column?"""
-        values = [sign * float(row[name]) for row in self.rows if row.get(name) not in (None, "")]
-        return values[-1] == max(values)
+    def last_is_best(self, name: str, sign: int, warmup: int = 0) -> bool:
+        """Is the last value the largest (sign 1) or the smallest (sign -1) since the warm-up?"""
+        rows = [row for row in self.rows if int(row["step"]) > warmup]
+        values = [sign * float(row[name]) for row in rows if row.get(name) not in (None, "")]
+        return bool(values) and values[-1] == max(values)
 
 
 class Report:
@@ -483,6 +484,8 @@ class Report:
             self.validate(step)
         if due:
             self.save("last.pt", step)
+        if step == self.config.warmup:  # from here on a step takes longer, and so does the rest
+            self.start, self.began = step, time.time()
         return finished
 
     def eta(self, step: int) -> str:
@@ -519,7 +522,8 @@ class Report:
         rng = torch.Generator().manual_seed(0)
         z = torch.randn(6, self.config.z_dim, *lr.shape[-2:], generator=rng)
         save_image(contact_sheet(nets.ema, lr, z.to(arguments.device), hr), self.out / "grid.png")
-        if self.valid_table.last_is_best(*(("SR_lpips", -1) if self.lpips else ("SR_psnr", 1))):
+        name, sign = ("SR_lpips", -1) if self.lpips else ("SR_psnr", 1)
+        if self.valid_table.last_is_best(name, sign, self.config.warmup):
             self.save("best.pt", step)
         self.began += time.time() - began
         self.since += time.time() - began
@@ -594,7 +598,7 @@ class Stopwatch:
     through, so that rates are of steps without it.
     """
 
-    WARMUP, STEPS = 5, 20
+    SKIPPED, TIMED = 4, 16
 
     def __init__(self, config: Config, arguments, nets: Networks, valid, start: int):
         self.config, self.arguments, self.nets = config, arguments, nets
@@ -604,8 +608,8 @@ class Stopwatch:
         nets.opt_D.register_step_post_hook(lambda *_: self.mark("D step"))
         nets.opt_G.register_step_post_hook(lambda *_: self.mark("G step"))
         self.last, self.counter = now(arguments.device), FlopCounterMode(display=False)
-        require(1 < config.r1_every < self.WARMUP + self.STEPS, "--benchmark needs steps with and "
-                f"without R1: --r1-every from 2 to {self.WARMUP + self.STEPS - 1}")
+        require(1 < config.r1_every < self.SKIPPED + self.TIMED, "--benchmark needs steps with and "
+                f"without R1: --r1-every from 2 to {self.SKIPPED + self.TIMED - 1}")
 
     def mark(self, part: str):
         """The time since the last mark was spent on this part."""
@@ -625,7 +629,7 @@ class Stopwatch:
 
     def goodbye(self):
         """Print the table. R1 is what its D step took longer, spread over all steps."""
-        every, timed = self.config.r1_every, range(self.WARMUP, self.WARMUP + self.STEPS)
+        every, timed = self.config.r1_every, range(self.SKIPPED, self.SKIPPED + self.TIMED)
         without = [step for step in timed if step % every]
         ms = {part: statistics.median(times[step] for step in without)
               for part, times in self.times.items()}
@@ -726,7 +730,7 @@ def parse_arguments(words=None):
     run.add_argument("--amp", action=argparse.BooleanOptionalAction,
                      help="bfloat16 autocast (default: where the device computes in it)")
     run.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    run.add_argument("--benchmark", action="store_true", help="time 20 steps, then stop")
+    run.add_argument("--benchmark", action="store_true", help="time 16 steps, then stop")
     run.add_argument("--log-every", type=count, metavar="STEPS", help="a log line (default: 50)")
     run.add_argument("--val-every", type=count, metavar="STEPS",
                      help="validation, grid and checkpoint (default: 500)")
@@ -782,7 +786,7 @@ def prepare(arguments) -> Config:
     config = replace(config, **{k: v for k, v in vars(arguments).items() if k in names})
     if arguments.benchmark:
         require(not arguments.resume, "--benchmark starts afresh: no --resume")
-        config = replace(config, steps=Stopwatch.WARMUP + Stopwatch.STEPS, warmup=0)
+        config = replace(config, steps=Stopwatch.SKIPPED + Stopwatch.TIMED, warmup=0)
     arguments.device = find_device(arguments.device)
     if arguments.amp is None:
         arguments.amp = has_bfloat16(arguments.device)
@@ -805,13 +809,14 @@ def find_out(arguments) -> Path:
 
 
 def deviations(config: Config) -> list[str]:
-    """Which of the optional deviations D9 to D14 these settings turn on."""
+    """Which of the optional deviations, D9 to D14 and D16, these settings turn on."""
     rates = (config.lr_g, config.lr_d) != (Config().lr_g, Config().lr_d)
     on = {"D9 hard consistency": config.hard_consistency, f"D10 tie {config.tie:g}": config.tie,
           f"D11 learning rates {config.lr_g:g}, {config.lr_d:g}": rates,
           "D12 L1 on pixels for (6)": config.perceptual == "pixels",
           f"D13 L1 on pixels beside (6), {config.pixel:g}": config.pixel,
-          f"D14 {config.warmup} steps without D": config.warmup}
+          f"D14 {config.warmup} steps without D": config.warmup,
+          f"D16 {config.d_blocks} blocks in D": config.d_blocks != config.blocks}
     return [name for name, active in on.items() if active]
 
 
@@ -832,10 +837,12 @@ def has_bfloat16(device: str) -> bool:
 def main(words=None):
     arguments = parse_arguments(words)
     config = prepare(arguments)
-    print(f"deviations beside D1-D8: {', '.join(deviations(config)) or 'none'}")
+    print(f"deviations beside D1-D8 and D15: {', '.join(deviations(config)) or 'none'}")
     print(", ".join(f"{name} {value}" for name, value in asdict(config).items()))
     torch.backends.cudnn.allow_tf32 = False  # where float32 is meant (R1), float32 it is
     perceptual = make_perceptual(config).to(arguments.device)  # first: weights may be missing
+    if config.steps <= config.warmup:
+        print(f"the reconstruction alone is learnt: z comes in after {config.warmup} steps")
     faces, valid = load_faces(arguments, config)
     print(f"{len(faces)} faces of {config.size}x{config.size} to train on, {len(valid)} to validate"
           f" on; {arguments.device}, {'bfloat16' if arguments.amp else 'float32'}", flush=True)
