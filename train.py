@@ -705,8 +705,8 @@ def peak_memory(device) -> int:
 
 
 # A small network for a first look without data or weights: minutes on two CPU cores.
-SKETCH_SETTINGS = dict(widths=(64, 48, 32, 16), blocks=4, perceptual="pixels", pixel=0.0, warmup=0,
-                       steps=1000)
+SKETCH_SETTINGS = dict(widths=(64, 48, 32, 16), blocks=4, d_blocks=4, perceptual="pixels",
+                       pixel=0.0, warmup=0, r1_gamma=10.0, steps=1000)
 
 
 def parse_arguments(words=None):
