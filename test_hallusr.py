@@ -866,7 +866,7 @@ def workplace(tmp_path_factory):
     """A folder with photos, an LR image and a tiny trained run, as the README's commands expect."""
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "assets").symlink_to(HERE / "assets")
-    for name in ("photos", "more_photos", "val"):
+    for name in ("photos", "more_photos", "VAL"):
         (folder / name).mkdir()
         for i in range(4):
             save_image(torch.rand(3, 70, 64 + i), folder / name / f"{i}.png")

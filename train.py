@@ -52,7 +52,7 @@ def train(config: Config, arguments, perceptual, faces, valid):
 
     for step in range(start, config.steps):
         hr, z1, z2 = batch_at(faces, config, step, arguments.device)
-        if step < config.warmup:  # a face first, then its variants (never as printed: D14)
+        if step < config.warmup:  # a face first, then its variants (D14; 0 as printed)
             terms = warmup_step(nets, perceptual, amp, config, hr)
         else:
             terms = adversarial_step(nets, perceptual, amp, config, hr, z1, z2, step)
@@ -91,7 +91,7 @@ def adversarial_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: in
         all_I, all_g = G(lr.repeat(3, 1, 1, 1), torch.cat([torch.zeros_like(z1), z1, z2]))
     sr, h1, h2 = all_I[-1].chunk(3)                                           # (B, 3, H, W) each
     g_sr, g1, g2 = all_g[-1].chunk(3)                                         # (B, 3, H, W) each
-    # D judges SR and z1, 2B images; z2 is there for the distance in (8) alone.
+    # D judges SR and z1, 2B images; z2 is there for the distance in (8).
     fake_I, fake_g = first(2 * B, all_I), first(2 * B, all_g)
     excess = consistency(fake_I[-1], lr.repeat(2, 1, 1, 1), config.eps, config.scale)  # F
 
