@@ -73,8 +73,8 @@ def warmup_step(nets, perceptual, amp, config: Config, hr) -> dict:
     l_grad = gradient_loss(all_g[-1], image_gradient(hr))
     l_pixel = (all_I[-1] - hr).abs().mean()                    # D13
     tie = gradient_loss(all_g[-1], image_gradient(all_I[-1]))  # D10
-    descend(nets.opt_G, config.gamma * (l_percp + l_grad) + config.pixel * l_pixel
-            + config.tie * tie)
+    recons = reconstruction_loss(l_percp, l_grad, 0, 0, config.gamma, config.beta)
+    descend(nets.opt_G, recons + config.pixel * l_pixel + config.tie * tie)
     return dict(L_percp=l_percp, L_grad=l_grad, L_pixel=l_pixel, tie=tie)
 
 
