@@ -5,8 +5,8 @@ An independent implementation, in one file, of
     Mohamed Abid, Ihsen Hedhli, Christian Gagné,
     "A generative model for hallucinating diverse versions of super resolution images".
 
-Equation, figure and section numbers below are that paper's. Read it from top to bottom: the file
-keeps to the paper's sections, and `train.py` puts the pieces together in one loop.
+Equation, figure and section numbers, here and in headings, are that paper's. Read it from top to
+bottom: networks come before the losses, and `train.py` puts the pieces together in one loop.
 
 Notation (N images; h x w is the small size, H x W = scale * h x scale * w the large one; K is the
 number of samples, C a number of channels, C0 = widths[0] the one at LR size)
@@ -25,18 +25,18 @@ number of samples, C a number of channels, C0 = widths[0] the one at LR size)
     D_I, D_g    Discriminator   -> (N, 1, h, w)   logits: > 0 says real
     r           2 / 255         one grey level    the distance of two 8-bit levels in [-1, 1]
 
-A list of images "at every scale" runs from coarse (2h x 2w) to fine (H x W).
+Lists "at every scale" run from coarse (2h x 2w) to fine. In the code, F is torch.nn.functional.
 
-Deviations from the paper. The first group holds under every preset: there the print contradicts
-itself or is silent, and some choice is forced.
+Deviations from the paper. The first group holds under both presets: there the print contradicts
+itself or is silent, or the change costs little and helps (D7, D8, D15).
 
-    D1  L_adv is printed as one formula for both players. Here each has its own, in the
-        non-saturating form that the text names: discriminator_loss and generator_loss.
+    D1  L_adv is printed once, as -log(1 - D(real)) - log D(fake): right for G, but D would learn
+        to call real images fake. Here each player has its own: discriminator_loss, generator_loss.
     D2  (11) adds alpha L_z although L_z is to be maximised. Here it is subtracted.
     D3  The adversarial terms name I^SR only. Here D_I and D_g judge I^SR and I^H_z, each image
         with its own F; otherwise D_I(I^H_z, F) of section 3.1 would never be used.
     D4  LR is rounded to 8 bits, as a file would be. Otherwise even the true HR image has F > 0.
-    D5  Rounding goes to the 256 levels of [-1, 1]; multiples of r lie half a level beside them.
+    D5  The "closest colour value" is one of the 256 levels; multiples of r lie half a level off.
     D6  (3)-(5) repeat the border pixel, and 1e-6 stands under the root: a zero border would draw a
         frame around every image, and the root's slope is infinite where an image is flat.
     D7  R1 is taken every 16th step with 16 times its weight: the same average, a fraction of the
@@ -44,6 +44,8 @@ itself or is silent, and some choice is forced.
     D8  A running average of G's weights (EMA) samples and is scored; the paper does not say.
     D15 z is a map, z_dim numbers for every LR pixel, not one vector (m = z_dim h w): the same
         vector at every pixel moved all faces alike, and a mouth never without the eyes.
+    D17 F enters D_I before the residual blocks, where features first have LR's size, and not "at
+        the last block": what D_I sees of F it should also be able to weigh.
 
 The second group is off in Config(), the paper as printed; RECOMMENDED turns on all but D12.
 
@@ -59,10 +61,9 @@ The second group is off in Config(), the paper as printed; RECOMMENDED turns on 
     D14 warmup: the first steps minimise (10) without L_adv, so D meets faces, not blurs.
     D16 d_blocks: fewer residual blocks in D_I and D_g than section 3.2's "like the generator".
 
-Silent in the paper, and chosen here: every norm in (6)-(8) is a mean, so that weights hold for any
-size; (6)-(8) and F act on the finest scale alone; DS is a box average; (10) and (11) are minimised
-in one step of G; F, which the paper brings in "at the last block", enters D_I before the residual
-blocks, where features first have LR's size.
+Silent in the paper, and chosen here: every norm in (6)-(8) is a mean absolute difference, so that
+weights hold for any size; (6)-(8) and F act on the finest scale alone; DS is a box average; (10)
+and (11) are minimised in one step of G.
 
 Copying: "Needs" in a docstring lists the names that belong to a piece. Functions called require...
 and check... only raise clear errors: take them along, or delete the lines that call them.
@@ -135,9 +136,9 @@ class Config:
                 f"got {self.perceptual!r}")
 
 
-# What to change for a run of hours: all deviations from D9 on but D12, and a weight of ours.
-RECOMMENDED = dict(hard_consistency=True, tie=1.0, lr_g=5e-4, lr_d=5e-4, pixel=20.0, warmup=3000,
-                   d_blocks=2, r1_gamma=1.0)  # 10 holds D so flat that G learns less from it
+# What to change for a run of hours: D9-D11, D13, D14, D16, and two choices that are ours anyway.
+RECOMMENDED = dict(hard_consistency=True, tie=1.0, lr_g=5e-4, lr_d=5e-4, pixel=50.0, warmup=3000,
+                   d_blocks=2, perceptual="relu3_3", r1_gamma=1.0)
 
 
 def require(condition: bool, message: str):
@@ -400,7 +401,7 @@ class Generator(nn.Module):
         require(z_dim >= 1, f"z_dim must be 1 or more, got {z_dim}")
         self.z_dim, self.scale, self.hard_consistency = z_dim, scale, hard_consistency
         self.head = conv3x3(3 + z_dim, widths[0])
-        with torch.no_grad():  # three channels of LR, more of noise: z must not drown it
+        with torch.no_grad():  # z must not drown LR; with equal weights it did
             self.head.weight[:, 3:] *= 0.1
         self.trunk = nn.Sequential(*(ResidualBlock(widths[0]) for _ in range(blocks)))
         self.up_blocks = nn.ModuleList(UpBlock(*pair) for pair in zip(widths, widths[1:]))
@@ -438,7 +439,7 @@ class Discriminator(nn.Module):
 
     forward(images, condition=None): the list of all scales, coarse to fine, as G returns it and
     `pyramid` makes it from real images; for D_I also F of (12), shape (N, 3, h, w), zero for real
-    images. It is concatenated where the features have LR's size: after the last DownBlock.
+    images. It is concatenated after the last DownBlock (D17), where the features have LR's size.
     Returns logits (N, 1, h, w), one per LR pixel: no linear layer (section 3.2), so any size works.
     Source: sections 3.1 and 3.2. Needs: DownBlock, ResidualBlock, conv3x3, activation.
     Raises ValueError for a wrong number of scales, or a missing, misshapen or unwanted condition.
@@ -597,8 +598,9 @@ def r1_penalty(logits: torch.Tensor, images: list[torch.Tensor]) -> torch.Tensor
     """R1: squared length of D's gradient at real images, all scales together; weigh it gamma/2.
 
     logits (N, 1, h, w) of real images, which must have requires_grad set -> scalar >= 0, itself
-    differentiable. An image's logit is the mean of its map. Keeps D from becoming steep around
-    the data, where it would throw G back and forth. Source: section 2.3, Mescheder et al.
+    differentiable. An image's logit is the mean of its map: for the sum, R1 would be (h w)^2 times
+    as large. Keeps D from becoming steep around the data, where it would throw G back and forth.
+    Source: section 2.3, Mescheder et al.
     """
     per_image = logits.mean((1, 2, 3))                                     # (N,)
     gradients = torch.autograd.grad(per_image.sum(), images, create_graph=True)

@@ -837,7 +837,7 @@ def has_bfloat16(device: str) -> bool:
 def main(words=None):
     arguments = parse_arguments(words)
     config = prepare(arguments)
-    print(f"deviations beside D1-D8 and D15: {', '.join(deviations(config)) or 'none'}")
+    print(f"deviations beside D1-D8, D15 and D17: {', '.join(deviations(config)) or 'none'}")
     print(", ".join(f"{name} {value}" for name, value in asdict(config).items()))
     torch.backends.cudnn.allow_tf32 = False  # where float32 is meant (R1), float32 it is
     perceptual = make_perceptual(config).to(arguments.device)  # first: weights may be missing
