@@ -19,13 +19,202 @@ import sys
 from pathlib import Path
 
 import torch
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import save_image
+from PIL import Image, ImageOps  # Pillow comes with torchvision
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+from torchvision.utils import make_grid, save_image
 
-from hallusr import (LPIPS, contact_sheet, downscale, evaluate, from_levels, load_generator,
-                     lr_psnr, project_onto_lr, quantize, require, sample, std_map, summarize,
-                     to_levels, upscale_nearest)
-from train import FolderFaces, count, find_device, read_image, read_photo, stack
+from hallusr import (LPIPS, diversity_score, downscale, draw_z, from_levels, image_gradient,
+                     load_generator, lr_psnr, pixel_std, project_onto_lr, psnr, quantize, require,
+                     sample, ssim, std_map, to_levels, upscale_bicubic, upscale_nearest)
+
+# ---- Photos -------------------------------------------------------------------------------------
+
+
+def read_image(path: str | Path) -> torch.Tensor:
+    """Any image file, upright, as uint8 RGB (3, H, W).
+
+    Raises ValueError, naming the file, when it can not be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def read_photo(path: str | Path, size: int) -> torch.Tensor:
+    """A photo's centre square, resized: uint8 (3, size, size).
+
+    Raises ValueError, naming the file, when it is no image or smaller than size.
+    """
+    image = read_image(path)
+    side = min(image.shape[-2:])
+    require(side >= size, f"{path} is {image.shape[2]}x{image.shape[1]} pixels, expected at least "
+                          f"{size}x{size}")
+    square = v2.functional.center_crop(image, [side, side])
+    return v2.functional.resize(square, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
+
+
+class FolderFaces(Dataset):
+    """Every image below a folder, centre-cropped and resized: (3, size, size) uint8 each.
+
+    Raises FileNotFoundError for a missing folder or one without at least two images.
+    """
+
+    def __init__(self, folder: str | Path, size: int):
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"no folder {folder}")
+        self.paths = sorted(path for path in Path(folder).rglob("*")
+                            if path.suffix.lower() in IMG_EXTENSIONS)
+        self.size = size
+        if len(self.paths) < 2:
+            raise FileNotFoundError(f"expected at least 2 images ({' '.join(IMG_EXTENSIONS)}) "
+                                    f"below {folder}, found {len(self.paths)}")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return read_photo(self.paths[i], self.size)
+
+
+def stack(dataset: Dataset, most: int | None = None) -> torch.Tensor:
+    """The dataset, or its first `most` items, as one tensor. CelebA's are (image, label) pairs."""
+    faces, wanted = None, min(len(dataset), most or len(dataset))
+    for i in range(wanted):
+        item = dataset[i]
+        image = item[0] if isinstance(item, tuple) else item
+        if faces is None:  # filled in place: a list and its stack would take twice the memory
+            faces = torch.empty(wanted, *image.shape, dtype=image.dtype)
+        faces[i] = image
+    return faces
+
+
+# ---- Scores -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips: LPIPS | None = None,
+             seed: int = 0, temperature: float = 1.0) -> dict:
+    """Table 1's rows for these images: {"bicubic" | "SR" | "hallucination": {metric: (N,)}}.
+
+    hr (N, 3, H, W) in [-1, 1]; LR is made from it. Metrics: psnr, ssim, lr_psnr and, with `lpips`,
+    lpips; a hallucination's are means over its samples, and it has pixel_std and, with `lpips`,
+    diversity. seed decides z and nothing else. Raises ValueError without a sample.
+    """
+    require(samples >= 1, f"samples must be 1 or more, got {samples}")
+    lr, rng = quantize(downscale(hr, generator.scale)), torch.Generator().manual_seed(seed)
+    shape = (samples, len(lr), generator.z_dim, *lr.shape[-2:])
+    z = temperature * draw_z(shape, generator.settings["z_shared"], rng).to(hr.device)
+    parts = [evaluate_batch(generator, *part, lpips)
+             for part in zip(hr.split(50), lr.split(50), z.split(50, 1))]  # 50 fit any memory
+    return {row: {name: torch.cat([part[row][name] for part in parts]) for name in metrics}
+            for row, metrics in parts[0].items()}
+
+
+def evaluate_batch(generator, hr, lr, z, lpips=None) -> dict:
+    """`evaluate` for images that fit memory at once, with z (K, N, z_dim, h, w)."""
+    bicubic, _ = score(quantize(upscale_bicubic(lr, generator.scale)), hr, lr, lpips)
+    sr, _ = score(sample(generator, lr, torch.zeros_like(z[0])), hr, lr, lpips)
+    hallucinations = torch.stack([sample(generator, lr, latent) for latent in z])
+    scores, maps = zip(*[score(image, hr, lr, lpips) for image in hallucinations])
+    mean = {name: torch.stack([row[name] for row in scores]).mean(0) for name in sr}
+    mean["lr_psnr"] = mean_decibel(torch.stack([row["lr_psnr"] for row in scores]))
+    mean["pixel_std"] = pixel_std(hallucinations)
+    if lpips is not None:
+        mean["diversity"] = diversity_score(torch.stack(maps))
+    return {"bicubic": bicubic, "SR": sr, "hallucination": mean}
+
+
+def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -> tuple:
+    """One image per face: {"psnr", "ssim", "lr_psnr"[, "lpips"]: (N,)} and LPIPS's map, or None."""
+    values = {"psnr": psnr(image, hr), "ssim": ssim(image, hr), "lr_psnr": lr_psnr(image, lr)}
+    if lpips is None:
+        return values, None
+    values["lpips"], distance_map = lpips.with_map(image, hr)
+    return values, distance_map
+
+
+def mean_decibel(db: torch.Tensor) -> torch.Tensor:
+    """Mean over the first dimension of the errors behind dB values, in dB.
+
+    A mean of dB would be infinite as soon as one image is exact; this one is never larger.
+    """
+    return -10 * torch.log10((10 ** (-db / 10)).mean(0))
+
+
+def summarize(rows: dict) -> dict:
+    """Means of `evaluate` over images, as plain numbers; lr_psnr by mean_decibel."""
+    def mean(name, values):
+        return (mean_decibel(values) if name == "lr_psnr" else values.mean()).item()
+    return {row: {name: mean(name, values) for name, values in metrics.items()}
+            for row, metrics in rows.items()}
+
+
+def evaluate_folder(generator, arguments):
+    """Print Table 1's rows for a folder and write them as JSON."""
+    faces = FolderFaces(arguments.evaluate, generator.settings["size"])
+    faces.paths = faces.paths[arguments.slice]
+    require(len(faces) > 0, "--slice leaves none of the folder's photos")
+    hr = from_levels(stack(faces)).to(arguments.device)
+    rows = summarize(evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device),
+                              arguments.seed, arguments.temperature))
+    side, small = hr.shape[-1], hr.shape[-1] // generator.scale
+    print(f"n = {len(hr)} faces of {side}x{side}, LR {small}x{small}, "
+          f"{arguments.samples} samples, seed {arguments.seed}, "
+          f"temperature {arguments.temperature:g}, project {arguments.project}")
+    print(f"{'':14}" + "".join(f"{name:>11}" for name in rows["hallucination"]))
+    for name, row in rows.items():
+        print(f"{name:14}" + "".join(f"{value:11.3f}" for value in row.values()))
+    print(definitions())
+    path = Path(arguments.out) / "evaluate.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {row: {name: value if math.isfinite(value) else None for name, value in values.items()}
+             for row, values in rows.items()}  # JSON has no infinity
+    settings = {name: str(value) for name, value in vars(arguments).items()}
+    path.write_text(json.dumps({"n": len(hr), "arguments": settings, "rows": plain}, indent=1))
+    print(f"written to {path}")
+
+
+def definitions() -> str:
+    """How the numbers of --evaluate are made."""
+    return """\
+psnr, ssim   on 8-bit RGB, mean over faces; SSIM: 11x11 Gaussian window of sigma 1.5, whole windows
+lpips        v0.1, AlexNet, inputs in [-1, 1]; of a hallucination: mean over samples
+lr_psnr      8-bit image, box-averaged, rounded, against LR; dB of the mean error (exact: inf)
+pixel_std    over samples, mean over pixels and channels, in grey levels
+diversity    NTIRE 2021: 100 (global - local) / global; global: the best sample's mean LPIPS map,
+             local: the mean of the per-pixel best"""
+
+
+# ---- Pictures -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def contact_sheet(generator, lr: torch.Tensor, z: torch.Tensor,
+                  hr: torch.Tensor | None = None) -> torch.Tensor:
+    """One picture of all that G makes, two rows per face: images above, their gradients below.
+
+    lr (N, 3, h, w), z (K, z_dim, h, w), the same for every face, hr (N, 3, H, W) where it is known.
+    Columns: LR, bicubic, SR, K hallucinations, their standard deviation (white: 64 grey levels),
+    HR. The gradients of SR and hallucinations are G's own (without the branch, their images'),
+    white is 1. Returns (3, height, width) in [0, 1].
+    """
+    latents = [torch.zeros_like(z[0]), *z]
+    outputs = [generator(lr, latent.expand(len(lr), -1, -1, -1)) for latent in latents]
+    made = [quantize(pictures["image"][-1]) for pictures in outputs]
+    gradients = [pictures["gradient"][-1] if "gradient" in pictures else image_gradient(image)
+                 for pictures, image in zip(outputs, made)]
+    spread = std_map(torch.stack(made[1:])) / 64
+    enlarged = [upscale_nearest(lr, generator.scale), upscale_bicubic(lr, generator.scale)]
+    known = [] if hr is None else [hr]
+    above = [x / 2 + 0.5 for x in enlarged + made] + [spread] + [x / 2 + 0.5 for x in known]
+    below = [image_gradient(x) for x in enlarged] + gradients
+    below += [torch.zeros_like(spread)] + [image_gradient(x) for x in known]
+    tiles = torch.stack([torch.stack(above, 1), torch.stack(below, 1)], 1)  # (N, 2, columns, ...)
+    return make_grid(tiles.flatten(0, 2).clamp(0, 1), nrow=len(above), padding=1, pad_value=1.0)
 
 
 class Projected(torch.nn.Module):
@@ -36,12 +225,74 @@ class Projected(torch.nn.Module):
 
     def __init__(self, generator):
         super().__init__()
-        self.generator, self.scale, self.z_dim = generator, generator.scale, generator.z_dim
+        self.generator, self.settings = generator, generator.settings
+        self.scale, self.z_dim = generator.scale, generator.z_dim
 
     def forward(self, lr, z):
-        images, gradients = self.generator(lr, z)
+        made = self.generator(lr, z)
         # Clamped first: what saving would cut off must not unbalance the blocks afterwards.
-        return [*images[:-1], project_onto_lr(images[-1].clamp(-1, 1), lr)], gradients
+        finest = project_onto_lr(made["image"][-1].clamp(-1, 1), lr)
+        return made | {"image": [*made["image"][:-1], finest]}
+
+
+def low_resolution(path: str, generator, is_lr: bool) -> tuple:
+    """The LR image of a file, (1, 3, h, w) in [-1, 1], and HR where the file was a photo."""
+    size = generator.settings["size"]
+    if is_lr:
+        lr = from_levels(read_image(path))[None]
+        require(max(lr.shape[-2:]) <= size, f"{path} is {lr.shape[-1]}x{lr.shape[-2]} pixels"
+                f", LR has {size} at most: a photo goes without --lr")
+        return lr, None
+    hr = from_levels(read_photo(path, size))[None]
+    return quantize(downscale(hr, generator.scale)), hr
+
+
+def write_samples(generator, path: str, arguments):
+    """All files of one input, in a folder of its name."""
+    lr, hr = (x if x is None else x.to(arguments.device)
+              for x in low_resolution(path, generator, arguments.lr))
+    size = generator.settings["size"]
+    made = "as it is" if arguments.lr else f"from its centre square, resized to {size}"
+    print(f"{path}: LR of {lr.shape[-1]}x{lr.shape[-2]} pixels, {made}")
+    rng = torch.Generator().manual_seed(arguments.seed)
+
+    def noise(count):
+        z = draw_z((count, generator.z_dim, *lr.shape[-2:]), generator.settings["z_shared"], rng)
+        return arguments.temperature * z.to(lr.device)
+
+    z = noise(arguments.samples)
+    latents = torch.cat([torch.zeros_like(z[:1]), z])
+    samples = sample(generator, lr.expand(len(latents), -1, -1, -1), latents)
+    names = ["sr"] + [f"hallucination_{k}" for k in range(1, len(latents))]
+    images = dict(zip(names, samples.split(1)))
+    for name, image in images.items():
+        print(f"  {name}: LR-PSNR {lr_psnr(image, lr).item():.1f} dB")
+    images["lr"] = lr
+    images["mean"] = samples[1:].mean(0, keepdim=True)
+    images["std"] = std_map(samples[1:, None]) / 32 - 1  # white: 64 grey levels
+    folder = Path(arguments.out) / Path(path).stem
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in images.items():
+        save_image(image, folder / f"{name}.png", normalize=True, value_range=(-1, 1))
+    save_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
+    if arguments.walk:
+        write_walk(generator, lr, *noise(2), folder / "walk.gif")
+    print(f"  written to {folder}/: {', '.join(images)}, grid{', walk' * arguments.walk}")
+
+
+def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
+    """A GIF along a closed path in z: around the circle that two noise vectors a and b span.
+
+    On that circle every point is as likely as any other; a straight line would pass near z = 0.
+    """
+    angles = torch.arange(frames, device=lr.device).view(-1, 1, 1, 1) * 2 * math.pi / frames
+    images = sample(generator, lr.expand(frames, -1, -1, -1), angles.cos() * a + angles.sin() * b)
+    shown = to_levels(upscale_nearest(images, 3)).to(torch.uint8).cpu()
+    first, *rest = [v2.functional.to_pil_image(image) for image in shown]
+    first.save(path, save_all=True, append_images=rest, duration=80, loop=0)
+
+
+# ---- Command line -------------------------------------------------------------------------------
 
 
 def parse_arguments(words=None):
@@ -74,115 +325,40 @@ def parse_arguments(words=None):
     return found
 
 
+def count(word: str) -> int:
+    """A positive whole number; argparse turns the ValueError into a sentence with this name."""
+    require(int(word) > 0, f"{word} is not positive")
+    return int(word)
+
+
 def span(words: str) -> slice:
     """FROM:TO as a slice; either may be missing. argparse turns a ValueError into a sentence."""
     start, stop = words.split(":")
     return slice(int(start) if start else None, int(stop) if stop else None)
 
 
-def low_resolution(path: str, config, is_lr: bool) -> tuple:
-    """The LR image of a file, (1, 3, h, w) in [-1, 1], and HR where the file was a photo."""
-    if is_lr:
-        lr = from_levels(read_image(path))[None]
-        require(max(lr.shape[-2:]) <= config.size, f"{path} is {lr.shape[-1]}x{lr.shape[-2]} pixels"
-                f", LR has {config.size} at most: a photo goes without --lr")
-        return lr, None
-    hr = from_levels(read_photo(path, config.size))[None]
-    return quantize(downscale(hr, config.scale)), hr
-
-
-def write_samples(generator, config, path: str, arguments):
-    """All files of one input, in a folder of its name."""
-    lr, hr = (x if x is None else x.to(arguments.device)
-              for x in low_resolution(path, config, arguments.lr))
-    made = "as it is" if arguments.lr else f"from its centre square, resized to {config.size}"
-    print(f"{path}: LR of {lr.shape[-1]}x{lr.shape[-2]} pixels, {made}")
-    rng = torch.Generator().manual_seed(arguments.seed)
-    z = torch.randn(arguments.samples, generator.z_dim, *lr.shape[-2:], generator=rng)
-    z = arguments.temperature * z.to(lr.device)
-    latents = torch.cat([torch.zeros_like(z[:1]), z])
-    samples = sample(generator, lr.expand(len(latents), -1, -1, -1), latents)
-    names = ["sr"] + [f"hallucination_{k}" for k in range(1, len(latents))]
-    images = dict(zip(names, samples.split(1)))
-    for name, image in images.items():
-        print(f"  {name}: LR-PSNR {lr_psnr(image, lr).item():.1f} dB")
-    images["lr"] = lr
-    images["mean"] = samples[1:].mean(0, keepdim=True)
-    images["std"] = std_map(samples[1:, None]) / 32 - 1  # white: 64 grey levels
-    folder = Path(arguments.out) / Path(path).stem
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, image in images.items():
-        save_image(image, folder / f"{name}.png", normalize=True, value_range=(-1, 1))
-    save_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
-    if arguments.walk:
-        a, b = arguments.temperature * torch.randn(2, *z[0].shape, generator=rng).to(lr.device)
-        write_walk(generator, lr, a, b, folder / "walk.gif")
-    print(f"  written to {folder}/: {', '.join(images)}, grid{', walk' * arguments.walk}")
-
-
-def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
-    """A GIF along a closed path in z: around the circle that two noise vectors a and b span.
-
-    On that circle every point is as likely as any other; a straight line would pass near z = 0.
-    """
-    angles = torch.arange(frames, device=lr.device).view(-1, 1, 1, 1) * 2 * math.pi / frames
-    images = sample(generator, lr.expand(frames, -1, -1, -1), angles.cos() * a + angles.sin() * b)
-    shown = to_levels(upscale_nearest(images, 3)).to(torch.uint8).cpu()
-    first, *rest = [to_pil_image(image) for image in shown]
-    first.save(path, save_all=True, append_images=rest, duration=80, loop=0)
-
-
-def evaluate_folder(generator, config, arguments):
-    """Print Table 1's rows for a folder and write them as JSON."""
-    faces = FolderFaces(arguments.evaluate, config.size)
-    faces.paths = faces.paths[arguments.slice]
-    require(len(faces) > 0, "--slice leaves none of the folder's photos")
-    hr = from_levels(stack(faces)).to(arguments.device)
-    rows = summarize(evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device),
-                              arguments.seed, arguments.temperature))
-    small = config.size // config.scale
-    print(f"n = {len(hr)} faces of {config.size}x{config.size}, LR {small}x{small}, "
-          f"{arguments.samples} samples, seed {arguments.seed}, "
-          f"temperature {arguments.temperature:g}, project {arguments.project}")
-    print(f"{'':14}" + "".join(f"{name:>11}" for name in rows["hallucination"]))
-    for name, row in rows.items():
-        print(f"{name:14}" + "".join(f"{value:11.3f}" for value in row.values()))
-    print(definitions())
-    path = Path(arguments.out) / "evaluate.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {row: {name: value if math.isfinite(value) else None for name, value in values.items()}
-             for row, values in rows.items()}  # JSON has no infinity
-    settings = {name: str(value) for name, value in vars(arguments).items()}
-    path.write_text(json.dumps({"n": len(hr), "arguments": settings, "rows": plain}, indent=1))
-    print(f"written to {path}")
-
-
-def definitions() -> str:
-    """How the numbers of --evaluate are made."""
-    return """\
-psnr, ssim   on 8-bit RGB, mean over faces; SSIM: 11x11 Gaussian window of sigma 1.5, whole windows
-lpips        v0.1, AlexNet, inputs in [-1, 1]; of a hallucination: mean over samples
-lr_psnr      8-bit image, box-averaged, rounded, against LR; dB of the mean error (exact: inf)
-pixel_std    over samples, mean over pixels and channels, in grey levels
-diversity    NTIRE 2021: 100 (global - local) / global; global: the best sample's mean LPIPS map,
-             local: the mean of the per-pixel best"""
+def find_device(name: str) -> str:
+    """cpu or cuda; auto is cuda where there is one. Raises ValueError for a missing GPU."""
+    require(name != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no GPU here")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main(words=None):
     arguments = parse_arguments(words)
     arguments.device = find_device(arguments.device)
     generator = load_generator(arguments.checkpoint, arguments.device)
-    config = generator.config
+    if generator.note:
+        print(f"{arguments.checkpoint}: {generator.note}")
     if arguments.project:
         generator = Projected(generator)
     for path in arguments.photos:
-        write_samples(generator, config, path, arguments)
+        write_samples(generator, path, arguments)
     if arguments.evaluate:
-        evaluate_folder(generator, config, arguments)
+        evaluate_folder(generator, arguments)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")

@@ -16,46 +16,127 @@ import itertools
 import math
 import shlex
 import signal
-import statistics
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps  # Pillow comes with torchvision
 from torch.utils.data import Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CelebA
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-from hallusr import (LPIPS, RECOMMENDED, Config, Discriminator, PerceptualLoss, build_generator,
-                     consistency, contact_sheet, discriminator_loss, diversity_loss, downscale,
-                     evaluate, from_levels, generator_loss, gradient_loss, hallucination_loss,
+from hallusr import (LPIPS, VGG_LAYERS, Discriminator, Generator, PerceptualLoss,
+                     check_architecture, discriminator_loss, diversity_loss, downscale, draw_z,
+                     excess, from_levels, generator_loss, gradient_loss, hallucination_loss,
                      image_gradient, load_checkpoint, load_weights, project_onto_lr, pyramid,
                      quantize, r1_penalty, reconstruction_loss, require, sample, save_checkpoint,
-                     summarize, to_levels)
+                     to_levels, whole_file)
+from sample import FolderFaces, contact_sheet, count, evaluate, find_device, stack, summarize
+
+# ---- Settings -----------------------------------------------------------------------------------
+
+
+def setting(default, source: str, meaning: str):
+    """A dataclass field that carries what it means and which part of the paper gives its value.
+
+    The source is "open" where the paper is silent: another value is then no deviation.
+    """
+    return field(default=default, metadata={"help": meaning, "source": source})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The numbers of the method. The defaults are the paper as printed, and our choice where open.
+
+    Raises ValueError when a field is out of range or two contradict each other.
+    """
+
+    size: int = setting(64, "open", "side of the large image, in pixels (C1)")
+    scale: int = setting(8, "section 4.1", "how many times smaller LR is, a power of two")
+    z_dim: int = setting(64, "open", "m, the numbers of the noise z (C4)")
+    z_shared: float = setting(1.0, "section 2", "share of z that all LR pixels have in common: 1 "
+                              "is one vector, 0 a map (D1)")
+    widths: tuple = setting((128, 96, 64, 32), "open", "channels, coarse to fine (C7)")
+    blocks: int = setting(8, "Fig. 2", "residual blocks in G")
+    d_blocks: int = setting(8, "section 3.2", "residual blocks in each discriminator (D9)")
+    hard_consistency: bool = setting(False, "(9), (12)", "make DS(image) = LR inside G (D3)")
+    explore: str = setting("branch", "(8)", "where L_z acts: on G's gradient 'branch'; or, without "
+                           "branch, D_g and (7), on the image's 'gradient' or the 'image' (D10)")
+    perceptual: str = setting("relu2_2", "open", "VGG-16 layer of (6), or 'pixels' (C16, D6)")
+    gamma: float = setting(10.0, "section 4.1", "weight of perceptual and gradient loss in (10)")
+    beta: float = setting(0.1, "section 4.1", "weight of the adversarial losses in (10)")
+    alpha: float = setting(1.0, "section 4.1", "weight of the diversity loss in (11)")
+    tau: float = setting(1.0, "open", "ceiling of the diversity loss (8) (C3)")
+    eps: float = setting(0.1, "section 4.1", "free disagreement with LR in (12), in grey levels")
+    tie: float = setting(0.0, "(10), (11)", "weight of |g - grad(I)| (D4)")
+    pixel: float = setting(0.0, "(10)", "weight of L1 on pixels at z = 0 (D7)")
+    warmup: int = setting(0, "section 2.3", "first steps, of G at z = 0 without D (D8)")
+    r1_gamma: float = setting(10.0, "open", "R1's weight; another gamma than (10)'s (C12)")
+    r1_every: int = setting(1, "section 2.3", "steps from one R1 penalty to the next (D2)")
+    lr_g: float = setting(1e-4, "section 4.1", "Adam's learning rate for G (D5)")
+    lr_d: float = setting(4e-4, "open", "Adam's learning rate for D_I and D_g: TTUR (C13)")
+    ema: float = setting(0.999, "open", "decay of the running average of G (C14)")
+    batch: int = setting(8, "section 4.1", "faces per step")
+    steps: int = setting(100_000, "open", "training steps (C22)")
+    seed: int = setting(0, "open", "seed of weights, batches and noise")
+
+    def __post_init__(self):
+        check_architecture(self.widths, self.scale, min(self.blocks, self.d_blocks))
+        require(self.size >= 11 and self.size % self.scale == 0,  # SSIM's window is 11 wide
+                f"size must be 11 or more and a multiple of scale {self.scale}, got {self.size}")
+        for name in ("z_dim", "batch", "steps", "r1_every", "tau", "lr_g", "lr_d"):
+            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("gamma", "beta", "alpha", "eps", "tie", "pixel", "warmup", "r1_gamma", "seed"):
+            require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
+        require(0 <= self.z_shared <= 1, f"z_shared must be in [0, 1], got {self.z_shared}")
+        require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
+        for name, options in (("perceptual", ("pixels", *VGG_LAYERS)),
+                              ("explore", ("branch", "gradient", "image"))):
+            require(getattr(self, name) in options,
+                    f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}")
+
+
+# What to change for a run of hours on two CPU cores: the README's D1 to D5 and D7 to D9, and two
+# choices that are ours anyway.
+RECOMMENDED = dict(z_dim=4, z_shared=0.0, r1_every=16, hard_consistency=True, tie=1.0, lr_g=5e-4,
+                   lr_d=5e-4, pixel=50.0, warmup=3000, d_blocks=2, perceptual="relu3_3",
+                   r1_gamma=1.0)
+# A small network for a first look without data or weights: minutes on two CPU cores.
+SKETCHES = dict(widths=(64, 48, 32, 16), blocks=4, d_blocks=4, perceptual="pixels", pixel=0.0,
+                warmup=0, r1_gamma=10.0, steps=1000)
+
+
+def deviations(config: Config) -> list[str]:
+    """Every setting that the paper gives and that differs here, as in "alpha 4 (paper: 1)"."""
+    def plain(value):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    found = [f"{item.name} {plain(getattr(config, item.name))} (paper: {plain(item.default)})"
+             for item in fields(Config) if item.metadata["source"] != "open"
+             and getattr(config, item.name) != item.default]
+    if config.perceptual == "pixels":
+        found.append("perceptual pixels (paper: a layer of VGG-16)")
+    if config.lr_d == config.lr_g:
+        found.append(f"lr_d {plain(config.lr_d)} (paper: TTUR, another rate than G's)")
+    return found
+
 
 # ---- Training -----------------------------------------------------------------------------------
 
 
-def train(config: Config, arguments, perceptual, faces, valid):
+def train(config: Config, arguments, perceptual, faces, valid, content: dict | None = None):
     """Train until config.steps or Ctrl-C. Logs, pictures and checkpoints go to arguments.out."""
     nets = Networks(config, arguments.device)
-    start = resume(nets, config, arguments)
+    start = nets.load(content, arguments.resume) if content else 0
     if arguments.compile:
         nets.compile()
-    report = (Stopwatch if arguments.benchmark else Report)(config, arguments, nets, valid, start)
+    report = Report(config, arguments, nets, valid, content)
     amp = autocast(arguments)
 
     for step in range(start, config.steps):
         hr, z1, z2 = batch_at(faces, config, step, arguments.device)
-        if step < config.warmup:  # a face first, then its variants (D14; 0 as printed)
-            terms = warmup_step(nets, perceptual, amp, config, hr)
-        else:
-            terms = adversarial_step(nets, perceptual, amp, config, hr, z1, z2, step)
+        terms = training_step(nets, perceptual, amp, config, hr, z1, z2, step)
         nets.update_ema(config.ema, step)
         report.add(**terms)
         if report.after(step + 1):
@@ -63,67 +144,84 @@ def train(config: Config, arguments, perceptual, faces, valid):
     report.goodbye()
 
 
-def warmup_step(nets, perceptual, amp, config: Config, hr) -> dict:
-    """A first step (D14): (10) without its L_adv, no D, no z. Returns the terms for the log."""
-    lr = quantize(downscale(hr, config.scale))
-    z = torch.zeros(len(lr), config.z_dim, *lr.shape[-2:], device=lr.device)
-    with amp:
-        all_I, all_g = nets.G(lr, z)
-        l_percp = perceptual(all_I[-1], hr)
-    l_grad = gradient_loss(all_g[-1], image_gradient(hr))
-    l_pixel = (all_I[-1] - hr).abs().mean()                    # D13
-    tie = gradient_loss(all_g[-1], image_gradient(all_I[-1]))  # D10
-    recons = reconstruction_loss(l_percp, l_grad, 0, 0, config.gamma, config.beta)
-    descend(nets.opt_G, recons + config.pixel * l_pixel + config.tie * tie)
-    return dict(L_percp=l_percp, L_grad=l_grad, L_pixel=l_pixel, tie=tie)
+def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) -> dict:
+    """One step of both players, D first; in the warm-up (D8) of G alone, at z = 0.
 
-
-def adversarial_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) -> dict:
-    """One step of both players, D first. Returns the terms for the log."""
-    G, D_I, D_g, B, levels = nets.G, nets.D_I, nets.D_g, len(hr), len(config.widths) - 1
+    hr (B, 3, H, W), z1 and z2 (B, z_dim, h, w). Returns the terms for the log.
+    """
+    B, playing = len(hr), step >= config.warmup
     lr = quantize(downscale(hr, config.scale))
-    real_I = pyramid(hr, levels)
-    real_g = [image_gradient(image) for image in real_I]
-    zero = torch.zeros_like(lr)
+    real = {"image": pyramid(hr, len(config.widths) - 1)}
+    real["gradient"] = [image_gradient(image) for image in real["image"]]  # C11
 
     # G once, three versions of every face: (1) the reconstruction at z = 0, (2) at z1 and z2.
-    with amp:  # lists over scales, of (3B, 3, ., .)
-        all_I, all_g = G(lr.repeat(3, 1, 1, 1), torch.cat([torch.zeros_like(z1), z1, z2]))
-    sr, h1, h2 = all_I[-1].chunk(3)                                           # (B, 3, H, W) each
-    g_sr, g1, g2 = all_g[-1].chunk(3)                                         # (B, 3, H, W) each
-    # D judges SR and z1, 2B images; z2 is there for the distance in (8).
-    fake_I, fake_g = first(2 * B, all_I), first(2 * B, all_g)
-    excess = consistency(fake_I[-1], lr.repeat(2, 1, 1, 1), config.eps, config.scale)  # F
+    z = torch.cat([torch.zeros_like(z1), z1, z2]) if playing else torch.zeros_like(z1)
+    with amp:  # {"image", "gradient"}: lists over resolutions of (3B, 3, ., .), (B, 3, ., .) alone
+        made = nets.G(lr.repeat(len(z) // B, 1, 1, 1), z)
+    image = made["image"][-1]                                                # (3B, 3, H, W)
 
-    # D step: minimise -log D(real) - log(1 - D(fake)) for D_I and D_g, with R1 now and then.
-    with amp:  # logits (3B, 1, h, w): B real, then 2B fake
-        both_I = D_I(join(real_I, fake_I), torch.cat([zero, excess.detach()])).float()
-        both_g = D_g(join(real_g, fake_g)).float()
-    D_loss = (discriminator_loss(both_I[:B], both_I[B:])
-              + discriminator_loss(both_g[:B], both_g[B:]))
-    r1 = torch.zeros((), device=hr.device)
-    if step % config.r1_every == 0:  # seldom, but then with the weight of all steps (D7)
-        r1 = config.r1_every * (r1_of(D_I, real_I, zero) + r1_of(D_g, real_g))
-    descend(nets.opt_D, D_loss + config.r1_gamma / 2 * r1)
+    terms, l_z = {}, 0.0
+    adv_sr = adv_h = {"image": 0.0, "gradient": 0.0}
+    if playing:
+        # D judges SR and z1, 2B images (C10); z2 is there for the distance in (8).
+        fake = {domain: first(2 * B, pictures) for domain, pictures in made.items()}
+        F = excess(fake["image"][-1], lr.repeat(2, 1, 1, 1), config.eps)     # (2B, 3, h, w)
+        terms = update_discriminators(nets, amp, config, real, fake, F, step)
+        adv_sr, adv_h = adversarial_losses(nets, amp, fake, F)
+        _, g1, g2 = explored(made, config.explore).chunk(3)                  # (B, 3, H, W) each
+        l_z = diversity_loss(g1, g2, z1, z2, config.tau)
+        terms |= dict(L_z=l_z, image_moves=(image[B:2 * B] - image[2 * B:]).abs() * 127.5)
 
-    # G step: minimise (10) for z = 0 plus (11) for z1, against the D just improved.
-    nets.D.requires_grad_(False)  # G needs the slope through D, nobody needs D's own now
+    # G step: minimise (10) for z = 0 plus (11) for z1, against the D just improved (C18).
     with amp:
-        l_percp = perceptual(sr, hr)
-        sr_I, h_I = D_I(fake_I, excess).float().chunk(2)
-        sr_g, h_g = D_g(fake_g).float().chunk(2)
-    l_grad = gradient_loss(g_sr, real_g[-1])
-    l_pixel = (sr - hr).abs().mean()                           # D13
-    l_z = diversity_loss(g1, g2, z1, z2, config.tau)
-    recons = reconstruction_loss(l_percp, l_grad, generator_loss(sr_g), generator_loss(sr_I),
+        l_percp = perceptual(image[:B], hr)
+    l_pixel = (image[:B] - hr).abs().mean()                                  # D7
+    l_grad = tie = torch.zeros((), device=hr.device)
+    if "gradient" in made:
+        l_grad = gradient_loss(made["gradient"][-1][:B], real["gradient"][-1])
+        tie = gradient_loss(made["gradient"][-1], image_gradient(image))     # D4
+    recons = reconstruction_loss(l_percp, l_grad, adv_sr["gradient"], adv_sr["image"],
                                  config.gamma, config.beta)
-    halluc = hallucination_loss(generator_loss(h_g), generator_loss(h_I), l_z, config.alpha)
-    tie = gradient_loss(all_g[-1], image_gradient(all_I[-1]))  # D10
+    halluc = hallucination_loss(adv_h["gradient"], adv_h["image"], l_z, config.alpha)
     descend(nets.opt_G, recons + halluc + config.pixel * l_pixel + config.tie * tie)
+    return terms | dict(L_percp=l_percp, L_grad=l_grad, L_pixel=l_pixel, tie=tie)
+
+
+def update_discriminators(nets, amp, config: Config, real, fake, F, step: int) -> dict:
+    """D step: minimise -log D(real) - log(1 - D(fake)) and R1, for D_I and D_g."""
+    B, none = len(real["image"][-1]), torch.zeros_like(F[:len(F) // 2])
+    given = {"image": torch.cat([none, F.detach()]), "gradient": None}  # F goes to D_I alone
+    loss, terms = 0.0, {"excess": F}
+    for domain, D in nets.D.items():
+        with amp:  # logits (3B, 1, h, w): B real, then 2B fake
+            logits = D(join(real[domain], fake[domain]), given[domain]).float()
+        loss = loss + discriminator_loss(logits[:B], logits[B:])
+        terms |= {f"D_{domain}_real": logits[:B], f"D_{domain}_fake": logits[B:]}
+        if step % config.r1_every == 0:  # D2: seldom, but then with the weight of all steps
+            r1 = r1_of(D, real[domain], none if domain == "image" else None)
+            loss = loss + config.r1_every * config.r1_gamma / 2 * r1
+            terms[f"R1_{domain}"] = r1
+    descend(nets.opt_D, loss)
+    return terms
+
+
+def adversarial_losses(nets, amp, fake, F) -> tuple[dict, dict]:
+    """L_adv of G: {domain: loss} for the reconstructions, and for the hallucinations."""
+    sr, h = {}, {}
+    nets.D.requires_grad_(False)  # G needs the slope through D, nobody needs D's own now
+    for domain, D in nets.D.items():
+        with amp:
+            logits = D(fake[domain], F if domain == "image" else None).float()
+        sr[domain], h[domain] = (generator_loss(half) for half in logits.chunk(2))
     nets.D.requires_grad_(True)
-    return dict(D_I_real=both_I[:B], D_I_fake=both_I[B:], D_g_real=both_g[:B],
-                D_g_fake=both_g[B:], R1=r1, L_percp=l_percp, L_grad=l_grad, L_pixel=l_pixel,
-                L_z=l_z, tie=tie, F=excess, image_moves=(h1 - h2).abs() * 127.5)
+    return {"gradient": 0.0} | sr, {"gradient": 0.0} | h  # no D_g without the branch
+
+
+def explored(made: dict, where: str) -> torch.Tensor:
+    """What L_z pulls apart: G's gradient output, as printed, or what stands in for it (D10)."""
+    if where == "branch":
+        return made["gradient"][-1]
+    return made["image"][-1] if where == "image" else image_gradient(made["image"][-1])
 
 
 def autocast(arguments):
@@ -138,40 +236,27 @@ def descend(optimizer, loss: torch.Tensor):
     optimizer.step()
 
 
-def first(count: int, images: list) -> list:
-    """The first `count` of the batch, at every scale."""
-    return [image[:count] for image in images]
+def first(count: int, pictures: list) -> list:
+    """The first `count` of the batch, at every resolution."""
+    return [picture[:count] for picture in pictures]
 
 
 def join(real: list, fake: list) -> list:
-    """Real, then fake images at every scale in one batch for D; nothing here flows back to G."""
+    """Real, then fake pictures at every resolution in one batch for D; nothing flows back to G."""
     return [torch.cat([r, f.detach()]) for r, f in zip(real, fake)]
 
 
-def r1_of(D, images: list, condition=None) -> torch.Tensor:
-    """R1 of one discriminator at real images, in float32: two derivatives need the digits."""
-    images = [image.detach().requires_grad_() for image in images]
-    logits = D.forward(images, condition)  # not D(...): torch.compile can not differentiate twice
-    return r1_penalty(logits, images)
+def r1_of(D, pictures: list, none=None) -> torch.Tensor:
+    """R1 of one discriminator at real pictures, in float32: two derivatives need the digits."""
+    pictures = [picture.detach().requires_grad_() for picture in pictures]
+    logits = D.forward(pictures, none)  # not D(...): torch.compile can not differentiate twice
+    return r1_penalty(logits, pictures)
 
 
 def make_perceptual(config: Config) -> torch.nn.Module:
-    """(6), or L1 on pixels where the settings say so (D12)."""
+    """(6), or L1 on pixels where the settings say so (D6)."""
     pixels = config.perceptual == "pixels"
     return torch.nn.L1Loss() if pixels else PerceptualLoss(config.perceptual)
-
-
-def resume(nets: Networks, config: Config, arguments) -> int:
-    """Load --resume, if given; return the step to go on with."""
-    if not arguments.resume:
-        return 0
-    content = load_checkpoint(arguments.resume)[1]  # on the CPU, where Adam counts its steps
-    require("opt_G" in content, f"{arguments.resume} holds a generator alone: it can be sampled, "
-                                "but training cannot go on from it")
-    require(content["step"] < config.steps, f"{arguments.resume} has its {content['step']} steps "
-                                            "already: ask for more with --steps")
-    nets.load(content, arguments.resume)
-    return content["step"]
 
 
 # ---- The networks and their state ---------------------------------------------------------------
@@ -182,29 +267,31 @@ class Networks:
 
     def __init__(self, config: Config, device):
         torch.manual_seed(config.seed)
-        shape = (config.widths, config.scale, config.d_blocks)
-        self.G = build_generator(config)
+        shape, branch = (config.widths, config.scale, config.d_blocks), config.explore == "branch"
+        self.G = Generator(config.size, config.scale, config.z_dim, config.z_shared, config.widths,
+                           config.blocks, config.hard_consistency, branch)
         self.ema = copy.deepcopy(self.G).requires_grad_(False)
-        self.D_I = Discriminator(*shape, condition_channels=3)
-        self.D_g = Discriminator(*shape)
-        self.D = torch.nn.ModuleList([self.D_I, self.D_g])
+        self.D = torch.nn.ModuleDict({"image": Discriminator(*shape, excess_channels=3)})
+        if branch:
+            self.D["gradient"] = Discriminator(*shape)
         for module in (self.G, self.ema, self.D):  # the layout in which convolutions are fastest
             module.to(device, memory_format=torch.channels_last)
-        betas = (0.0, 0.9)  # section 4.1: no momentum, or each player overshoots the other
-        self.opt_G = torch.optim.Adam(self.G.parameters(), config.lr_g, betas, fused=True)
-        self.opt_D = torch.optim.Adam(self.D.parameters(), config.lr_d, betas, fused=True)
+        # Section 4.1: no momentum, or each player overshoots the other. Fused: a pass less.
+        options = dict(betas=(0.0, 0.9), fused=device != "meta")
+        self.opt_G = torch.optim.Adam(self.G.parameters(), config.lr_g, **options)
+        self.opt_D = torch.optim.Adam(self.D.parameters(), config.lr_d, **options)
 
     def compile(self):
         """torch.compile, in place, of all that the loop calls."""
-        for network in (self.G, self.D_I, self.D_g):
+        for network in (self.G, *self.D.values()):
             network.compile()
 
     def state(self) -> dict:
         """State dicts of all but the running average, which the checkpoint has as `generator`."""
         return {name: getattr(self, name).state_dict() for name in ("G", "D", "opt_G", "opt_D")}
 
-    def load(self, content: dict, path):
-        """Take up a checkpoint. Learning rates stay those of the settings, not of the file."""
+    def load(self, content: dict, path) -> int:
+        """Take up a checkpoint; return its step. Learning rates stay those of the settings."""
         load_weights(self.ema, content["generator"], path)
         load_weights(self.G, content["G"], path)
         load_weights(self.D, content["D"], path)
@@ -213,10 +300,11 @@ class Networks:
             rate = optimizer.defaults["lr"]
             optimizer.load_state_dict(content[name])
             optimizer.param_groups[0]["lr"] = rate
+        return content["step"]
 
     @torch.no_grad()
     def update_ema(self, decay: float, step: int):
-        """Follow G; faster in the first steps, to forget the poor first weights."""
+        """C14: follow G; faster in the first steps, to forget the poor first weights."""
         decay = min(decay, (1 + step) / (10 + step))
         for average, current in zip(self.ema.parameters(), self.G.parameters()):
             average.lerp_(current, 1 - decay)
@@ -315,31 +403,6 @@ def with_glasses(image, x, y, cover):
     return project_onto_lr(framed[None], downscale(image[None], image.shape[-1] // 8))[0]
 
 
-def read_photo(path: str | Path, size: int) -> torch.Tensor:
-    """A photo's centre square, resized: uint8 (3, size, size).
-
-    Raises ValueError, naming the file, when it is no image or smaller than size.
-    """
-    image = read_image(path)
-    side = min(image.shape[-2:])
-    require(side >= size, f"{path} is {image.shape[2]}x{image.shape[1]} pixels, expected at least "
-                          f"{size}x{size}")
-    square = v2.functional.center_crop(image, [side, side])
-    return v2.functional.resize(square, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
-
-
-def read_image(path: str | Path) -> torch.Tensor:
-    """Any image file, upright, as uint8 RGB (3, H, W).
-
-    Raises ValueError, naming the file, when it can not be read. Pillow comes with torchvision.
-    """
-    try:
-        with Image.open(path) as image:
-            return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-
-
 def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Training and validation faces, uint8 (N, 3, size, size); no face is in both."""
     if arguments.data == "sketches":
@@ -355,41 +418,6 @@ def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
         held_out = torch.arange(len(faces)) % 20 == 0
         return faces[~held_out], faces[held_out][:arguments.val_faces]
     return stack(train), stack(valid, arguments.val_faces)
-
-
-def stack(dataset: Dataset, most: int | None = None) -> torch.Tensor:
-    """The dataset, or its first `most` items, as one tensor. CelebA's are (image, label) pairs."""
-    faces, wanted = None, min(len(dataset), most or len(dataset))
-    for i in range(wanted):
-        item = dataset[i]
-        image = item[0] if isinstance(item, tuple) else item
-        if faces is None:  # filled in place: a list and its stack would take twice the memory
-            faces = torch.empty(wanted, *image.shape, dtype=image.dtype)
-        faces[i] = image
-    return faces
-
-
-class FolderFaces(Dataset):
-    """Every image below a folder, centre-cropped and resized: (3, size, size) uint8 each.
-
-    Raises FileNotFoundError for a missing folder or one without at least two images.
-    """
-
-    def __init__(self, folder: str | Path, size: int):
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
-        self.paths = sorted(path for path in Path(folder).rglob("*")
-                            if path.suffix.lower() in IMG_EXTENSIONS)
-        self.size = size
-        if len(self.paths) < 2:
-            raise FileNotFoundError(f"expected at least 2 images ({' '.join(IMG_EXTENSIONS)}) "
-                                    f"below {folder}, found {len(self.paths)}")
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return read_photo(self.paths[i], self.size)
 
 
 def celeba(root: str, split: str, size: int) -> Dataset:
@@ -410,9 +438,10 @@ def batch_at(faces: torch.Tensor, config: Config, step: int, device) -> tuple:
     """
     rng = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     chosen = torch.randint(len(faces), (config.batch,), generator=rng)
-    mirrored = torch.rand(config.batch, generator=rng) < 0.5
+    mirrored = torch.rand(config.batch, generator=rng) < 0.5  # C15
     small = config.size // config.scale
-    z1, z2 = torch.randn(2, config.batch, config.z_dim, small, small, generator=rng)
+    shape = (2, config.batch, config.z_dim, small, small)
+    z1, z2 = draw_z(shape, config.z_shared, rng)
     hr = faces[chosen]
     hr[mirrored] = hr[mirrored].flip(-1)
     return from_levels(hr.to(device)), z1.to(device), z2.to(device)
@@ -421,39 +450,30 @@ def batch_at(faces: torch.Tensor, config: Config, step: int, device) -> tuple:
 # ---- Reporting: log line and CSV row, validation, pictures, checkpoints -------------------------
 
 
-class Table:
-    """A CSV file that grows by rows; a resumed run drops what the lost steps had written."""
+def write_csv(path: Path, rows: list[dict]):
+    """All rows as a table, whole or not at all. It is an export: nothing reads it back."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
 
-    def __init__(self, path: Path, start: int):
-        self.path, self.rows = path, []
-        if start and path.is_file():
-            with path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
 
-    def write(self, row: dict):
-        self.rows.append(row)
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def last_is_best(self, name: str, sign: int, warmup: int = 0) -> bool:
-        """Is the last value the largest (sign 1) or the smallest (sign -1) since the warm-up?"""
-        rows = [row for row in self.rows if int(row["step"]) > warmup]
-        values = [sign * float(row[name]) for row in rows if row.get(name) not in (None, "")]
-        return bool(values) and values[-1] == max(values)
+def last_is_best(rows: list[dict], name: str, sign: int, warmup: int = 0) -> bool:
+    """Is the last value the largest (sign 1) or the smallest (sign -1) since the warm-up?"""
+    values = [sign * row[name] for row in rows if row["step"] > warmup and name in row]
+    return bool(values) and values[-1] == max(values)
 
 
 class Report:
     """All that happens beside the loop. It reads the device only when a line is due."""
 
-    def __init__(self, config: Config, arguments, nets: Networks, valid, start: int):
-        self.config, self.arguments, self.nets, self.start = config, arguments, nets, start
+    def __init__(self, config: Config, arguments, nets: Networks, valid, content: dict | None):
+        self.config, self.arguments, self.nets = config, arguments, nets
         self.out = Path(arguments.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.log_table = Table(self.out / "log.csv", start)
-        self.valid_table = Table(self.out / "valid.csv", start)
+        self.start = content["step"] if content else 0
+        self.log_rows, self.valid_rows = content["rows"] if content else ([], [])
         self.valid = from_levels(valid).to(arguments.device)
         self.lpips = find_lpips(config, arguments.device)
         self.terms, self.count, self.stop, self.done = {}, 0, False, False
@@ -466,7 +486,7 @@ class Report:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def add(self, **values):
-        """Collect tensors of one step; each is logged as its mean over the interval."""
+        """Collect tensors of one step; each is logged as its mean over the steps that have it."""
         self.count += 1
         for name, value in values.items():
             self.terms.setdefault(name, []).append(value.detach().mean())
@@ -477,21 +497,24 @@ class Report:
         finished = self.done or self.stop  # read once: Ctrl-C may come while the rest of this runs
         due = finished or step % self.arguments.val_every == 0
         if sys.stdout.isatty():
-            print(f"\r{step}/{self.config.steps}  {self.eta(step)} left ", end="", flush=True)
-        if due or step % self.arguments.log_every == 0:
+            print(f"\r{step}/{self.config.steps}  {self.eta(step)} ", end="", flush=True)
+        if due or step == 1 or step % self.arguments.log_every == 0:
             self.log(step)  # also what keeps NaN out of a checkpoint
-        if self.done or due and not finished:
-            self.validate(step)
         if due:
+            self.save("last.pt", step)  # first: the rest may be interrupted
+            self.validate(step)
             self.save("last.pt", step)
         if step == self.config.warmup:  # from here on a step takes longer, and so does the rest
             self.start, self.began = step, time.time()
         return finished
 
     def eta(self, step: int) -> str:
-        """Time left at the pace since the start."""
-        seconds = (time.time() - self.began) / (step - self.start) * (self.config.steps - step)
-        return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02d}:{int(seconds % 60):02d}"
+        """Time left at the pace since the start, to the end or to that of the warm-up."""
+        warming = step < self.config.warmup
+        end = min(self.config.warmup, self.config.steps) if warming else self.config.steps
+        seconds = int((time.time() - self.began) / max(step - self.start, 1) * (end - step))
+        left = f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
+        return f"{left} left" + (" of the warm-up: z means nothing yet" if warming else "")
 
     def log(self, step: int):
         """One line and one CSV row. Raises FloatingPointError, naming the term, at NaN or Inf."""
@@ -504,9 +527,10 @@ class Report:
                                          f"overwritten: {self.out} is as it was last saved")
         pace = self.count * self.config.batch / (time.time() - self.since)
         text = "  ".join(f"{name} {value:.3g}" for name, value in means.items())
-        print(f"{clear_line()}step {step}  {pace:.1f} images/s  eta {self.eta(step)}  {text}",
+        print(f"{clear_line()}step {step}  {pace:.1f} images/s  {self.eta(step)}  {text}",
               flush=True)
-        self.log_table.write({"step": step, "images_per_s": pace} | means)
+        self.log_rows.append({"step": step, "images_per_s": pace} | means)
+        write_csv(self.out / "log.csv", self.log_rows)
         self.terms, self.count, self.since = {}, 0, time.time()
 
     def validate(self, step: int):
@@ -515,15 +539,15 @@ class Report:
         rows = summarize(evaluate(nets.ema, self.valid, 4, self.lpips))
         for name, row in rows.items():
             print(f"  {name:13}  " + "  ".join(f"{key} {row[key]:.3f}" for key in row), flush=True)
-        self.valid_table.write({"step": step} | {
+        self.valid_rows.append({"step": step} | {
             f"{name}_{key}": value for name, row in rows.items() for key, value in row.items()})
+        write_csv(self.out / "valid.csv", self.valid_rows)
         hr = self.valid[:6]
-        lr = quantize(downscale(hr, self.config.scale))
-        rng = torch.Generator().manual_seed(0)
-        z = torch.randn(6, self.config.z_dim, *lr.shape[-2:], generator=rng)
+        lr, rng = quantize(downscale(hr, self.config.scale)), torch.Generator().manual_seed(0)
+        z = draw_z((6, self.config.z_dim, *lr.shape[-2:]), self.config.z_shared, rng)
         save_image(contact_sheet(nets.ema, lr, z.to(arguments.device), hr), self.out / "grid.png")
         name, sign = ("SR_lpips", -1) if self.lpips else ("SR_psnr", 1)
-        if self.valid_table.last_is_best(name, sign, self.config.warmup):
+        if last_is_best(self.valid_rows, name, sign, self.config.warmup):
             self.save("best.pt", step)
         self.began += time.time() - began
         self.since += time.time() - began
@@ -543,8 +567,11 @@ class Report:
     def save(self, name: str, step: int):
         """Write a checkpoint from which --resume goes on, with the same data."""
         run = {name: getattr(self.arguments, name) for name in RUN_DEFAULTS}
-        save_checkpoint(self.out / name, self.config, self.nets.ema, **self.nets.state(),
-                        step=step, run=run)
+        early = step <= self.config.warmup
+        note = f"after {step} steps the warm-up of {self.config.warmup} is not over: z means "
+        save_checkpoint(self.out / name, self.nets.ema, **self.nets.state(), step=step, run=run,
+                        config=asdict(self.config), rows=(self.log_rows, self.valid_rows),
+                        note=note + "nothing yet" if early else "")
 
 
 def find_lpips(config: Config, device) -> LPIPS | None:
@@ -577,7 +604,7 @@ def report_hidden(generator, config: Config, device, faces: int = 100, samples: 
     lr = quantize(downscale(variants[0], config.scale))
     rng = torch.Generator().manual_seed(0)
     shape = (samples, faces, config.z_dim, *lr.shape[-2:])
-    latents = torch.randn(shape, generator=rng).to(device)
+    latents = draw_z(shape, config.z_shared, rng).to(device)
     with torch.no_grad():
         images = torch.stack([sample(generator, lr, z) for z in latents])
     nearest = (images[:, None] - variants).square().mean((3, 4, 5)).argmin(1)  # (samples, faces)
@@ -588,125 +615,7 @@ def report_hidden(generator, config: Config, device, faces: int = 100, samples: 
           f"{found:.1f} of the 4 possible faces each")
 
 
-# ---- Benchmark ----------------------------------------------------------------------------------
-
-
-class Stopwatch:
-    """In Report's place for --benchmark: times the loop as it is, through hooks on its parts.
-
-    The second step is counted in FLOP instead: one without R1, which torch's counter can not see
-    through, so that rates are of steps without it.
-    """
-
-    SKIPPED, TIMED = 4, 16
-
-    def __init__(self, config: Config, arguments, nets: Networks, valid, start: int):
-        self.config, self.arguments, self.nets = config, arguments, nets
-        self.times = {"data": [], "generator": [], "D step": [], "G step": [], "EMA": []}
-        nets.G.register_forward_pre_hook(lambda *_: self.mark("data"))
-        nets.G.register_forward_hook(lambda *_: self.mark("generator"))
-        nets.opt_D.register_step_post_hook(lambda *_: self.mark("D step"))
-        nets.opt_G.register_step_post_hook(lambda *_: self.mark("G step"))
-        self.last, self.counter = now(arguments.device), FlopCounterMode(display=False)
-        require(1 < config.r1_every < self.SKIPPED + self.TIMED, "--benchmark needs steps with and "
-                f"without R1: --r1-every from 2 to {self.SKIPPED + self.TIMED - 1}")
-
-    def mark(self, part: str):
-        """The time since the last mark was spent on this part."""
-        self.last, before = now(self.arguments.device), self.last
-        self.times[part].append(1e3 * (self.last - before))
-
-    def add(self, **values):
-        pass
-
-    def after(self, step: int) -> bool:
-        self.mark("EMA")
-        if step == 1:
-            self.counter.__enter__()
-        if step == 2:
-            self.counter.__exit__(None, None, None)
-        return False
-
-    def goodbye(self):
-        """Print the table. R1 is what its D step took longer, spread over all steps."""
-        every, timed = self.config.r1_every, range(self.SKIPPED, self.SKIPPED + self.TIMED)
-        without = [step for step in timed if step % every]
-        ms = {part: statistics.median(times[step] for step in without)
-              for part, times in self.times.items()}
-        plain = sum(ms.values())
-        with_r1 = [self.times["D step"][step] for step in timed if step % every == 0]
-        ms["R1"] = (statistics.median(with_r1) - ms["D step"]) / every
-        step = plain + ms["R1"]
-        print(f"{step:.0f} ms per step, {1e3 * self.config.batch / step:.2f} images/s; "
-              + ", ".join(f"{part} {time:.1f}" for part, time in ms.items()))
-        percp = time_of(self.perceptual_step(), self.arguments.device)
-        print(f"of these, the perceptual loss {percp:.1f}; 'generator' is the forward pass alone")
-        self.report_rate("step without R1", self.counter.get_total_flops(), plain)
-        for batch in (1, 64):
-            lr = torch.zeros(batch, 3, *2 * [self.config.size // self.config.scale])
-            z = torch.zeros(batch, self.config.z_dim, *lr.shape[-2:])
-            inputs = lr.to(self.arguments.device), z.to(self.arguments.device)
-            with autocast(self.arguments), FlopCounterMode(display=False) as count:
-                sample(self.nets.ema, *inputs)
-            with autocast(self.arguments):
-                ms = time_of(lambda: sample(self.nets.ema, *inputs), self.arguments.device)
-            self.report_rate(f"sampling {batch}", count.get_total_flops(), ms)
-        print(f"peak memory {peak_memory(self.arguments.device) / 2 ** 30:.2f} GiB")
-
-    def perceptual_step(self):
-        """(6) forward and backward, as in the G step."""
-        loss = make_perceptual(self.config).to(self.arguments.device)
-        sr, hr = torch.rand(2, self.config.batch, 3, self.config.size, self.config.size,
-                            device=self.arguments.device)
-        sr.requires_grad_()
-
-        def step():
-            with autocast(self.arguments):
-                value = loss(sr, hr)
-            value.backward()
-        return step
-
-    def report_rate(self, name: str, flop: float, ms: float):
-        """Achieved FLOP/s, and its share of a dense matrix product's in the same arithmetic."""
-        dtype = torch.bfloat16 if self.arguments.amp else torch.float32
-        side = 8192 if self.arguments.device == "cuda" else 2048
-        a = torch.randn(side, side, device=self.arguments.device, dtype=dtype)
-        best = 2 * side ** 3 / time_of(lambda: a @ a, self.arguments.device)
-        print(f"{name}: {ms:.1f} ms, {flop / 1e12:.4f} TFLOP, {flop / ms / 1e6:.0f} GFLOP/s, "
-              f"{flop / ms / best:.0%} of a {dtype} matrix product's {best / 1e6:.0f}")
-
-
-def now(device) -> float:
-    """Seconds, when all that was asked of the device is done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def time_of(function, device, repeats: int = 10) -> float:
-    """Median time of a call in ms, after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        began = now(device)
-        function()
-        times.append(1e3 * (now(device) - began))
-    return statistics.median(times[1:])
-
-
-def peak_memory(device) -> int:
-    """Bytes: of the GPU, or of this process with its data."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource  # absent on Windows, where this line says so
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 # ---- Command line -------------------------------------------------------------------------------
-
-
-# A small network for a first look without data or weights: minutes on two CPU cores.
-SKETCH_SETTINGS = dict(widths=(64, 48, 32, 16), blocks=4, d_blocks=4, perceptual="pixels",
-                       pixel=0.0, warmup=0, r1_gamma=10.0, steps=1000)
 
 
 def parse_arguments(words=None):
@@ -730,29 +639,28 @@ def parse_arguments(words=None):
     run.add_argument("--amp", action=argparse.BooleanOptionalAction,
                      help="bfloat16 autocast (default: where the device computes in it)")
     run.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    run.add_argument("--benchmark", action="store_true", help="time 16 steps, then stop")
     run.add_argument("--log-every", type=count, metavar="STEPS", help="a log line (default: 50)")
     run.add_argument("--val-every", type=count, metavar="STEPS",
                      help="validation, grid and checkpoint (default: 500)")
     run.add_argument("--val-faces", type=count, metavar="N",
                      help="validate on the first N validation faces (default: 128)")
-    method = parser.add_argument_group("the method (defaults: the paper's; presets change some)")
+    method = parser.add_argument_group(
+        "the method", "defaults: --preset recommended's, and in brackets --preset paper's where "
+        "that is another; drawn faces change "
+        + ", ".join(f"{name} to {value}" for name, value in SKETCHES.items()))
     for item in fields(Config):
-        flag, text = "--" + item.name.replace("_", "-"), f"{item.metadata['help']}: {item.default}"
+        best = RECOMMENDED.get(item.name, item.default)
+        text = f"{item.metadata['help']}; {item.metadata['source']}: {best}"
+        text += f" [{item.default}]" if best != item.default else ""
         if isinstance(item.default, bool):
             how = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(item.default, tuple):
             how = dict(type=counts, metavar="N,N,...")
         else:
             how = dict(type=type(item.default), metavar=type(item.default).__name__.upper())
-        method.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+        method.add_argument("--" + item.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=text, **how)
     return parser.parse_args(words)
-
-
-def count(word: str) -> int:
-    """A positive whole number; argparse turns the ValueError into a sentence with this name."""
-    require(int(word) > 0, f"{word} is not positive")
-    return int(word)
 
 
 def counts(words: str) -> tuple:
@@ -765,33 +673,34 @@ RUN_DEFAULTS = dict(data="sketches", val=None, sketches=4000, root="data", val_f
                     log_every=50, val_every=500)
 
 
-def prepare(arguments) -> Config:
-    """Fill in what was not said: from the resumed run, or the defaults; return the settings.
+def prepare(arguments) -> tuple[Config, dict | None]:
+    """Fill in what was not said, from the resumed run or the defaults.
 
-    Settings are the preset's (or the resumed run's), then what sketches bring, then the flags.
+    Returns the settings (the preset's or the resumed run's, then what sketches bring, then the
+    flags) and the content of the checkpoint to resume.
     """
+    content, run = None, RUN_DEFAULTS
+    config = Config() if arguments.preset == "paper" else replace(Config(), **RECOMMENDED)
     if arguments.resume:
         require(arguments.preset is None, "--resume has the settings of its run: no --preset")
-        config, content = load_checkpoint(arguments.resume)
-        run = RUN_DEFAULTS | content.get("run", {})
-    else:
-        config = Config() if arguments.preset == "paper" else replace(Config(), **RECOMMENDED)
-        run = RUN_DEFAULTS
+        content = load_checkpoint(arguments.resume)
+        require("opt_G" in content, f"{arguments.resume} holds a generator alone: it can be "
+                                    "sampled, but training cannot go on from it")
+        config, run = Config(**content["config"]), content["run"]
     for name, value in run.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     if arguments.data == "sketches" and not arguments.resume:
-        config = replace(config, **SKETCH_SETTINGS)
+        config = replace(config, **SKETCHES)
     names = {item.name for item in fields(Config)}
     config = replace(config, **{k: v for k, v in vars(arguments).items() if k in names})
-    if arguments.benchmark:
-        require(not arguments.resume, "--benchmark starts afresh: no --resume")
-        config = replace(config, steps=Stopwatch.SKIPPED + Stopwatch.TIMED, warmup=0)
+    require(not content or content["step"] < config.steps, f"{arguments.resume} has its "
+            f"{content and content['step']} steps already: ask for more with --steps")
     arguments.device = find_device(arguments.device)
     if arguments.amp is None:
         arguments.amp = has_bfloat16(arguments.device)
     arguments.out = find_out(arguments)
-    return config
+    return config, content
 
 
 def find_out(arguments) -> Path:
@@ -799,31 +708,13 @@ def find_out(arguments) -> Path:
     home = Path(arguments.resume).parent if arguments.resume else None
     if arguments.out or home:
         out = Path(arguments.out or home)
-        mine = arguments.benchmark or (home and home.resolve() == out.resolve())
+        mine = home and home.resolve() == out.resolve()
         require(mine or not (out / "last.pt").exists(),
                 f"{out} holds a run already: go on with --resume, or name another --out")
         return out
     first = Path("runs") / Path(arguments.data).resolve().name
     numbered = (first.with_name(f"{first.name}-{k}") for k in itertools.count(2))
     return next(path for path in itertools.chain([first], numbered) if not path.exists())
-
-
-def deviations(config: Config) -> list[str]:
-    """Which of the optional deviations, D9 to D14 and D16, these settings turn on."""
-    rates = (config.lr_g, config.lr_d) != (Config().lr_g, Config().lr_d)
-    on = {"D9 hard consistency": config.hard_consistency, f"D10 tie {config.tie:g}": config.tie,
-          f"D11 learning rates {config.lr_g:g}, {config.lr_d:g}": rates,
-          "D12 L1 on pixels for (6)": config.perceptual == "pixels",
-          f"D13 L1 on pixels beside (6), {config.pixel:g}": config.pixel,
-          f"D14 {config.warmup} steps without D": config.warmup,
-          f"D16 {config.d_blocks} blocks in D": config.d_blocks != config.blocks}
-    return [name for name, active in on.items() if active]
-
-
-def find_device(name: str) -> str:
-    """cpu or cuda; auto is cuda where there is one. Raises ValueError for a missing GPU."""
-    require(name != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no GPU here")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def has_bfloat16(device: str) -> bool:
@@ -836,8 +727,8 @@ def has_bfloat16(device: str) -> bool:
 
 def main(words=None):
     arguments = parse_arguments(words)
-    config = prepare(arguments)
-    print(f"deviations beside D1-D8, D15 and D17: {', '.join(deviations(config)) or 'none'}")
+    config, content = prepare(arguments)
+    print(f"differs from the print in: {', '.join(deviations(config)) or 'nothing'}")
     print(", ".join(f"{name} {value}" for name, value in asdict(config).items()))
     torch.backends.cudnn.allow_tf32 = False  # where float32 is meant (R1), float32 it is
     perceptual = make_perceptual(config).to(arguments.device)  # first: weights may be missing
@@ -846,11 +737,11 @@ def main(words=None):
     faces, valid = load_faces(arguments, config)
     print(f"{len(faces)} faces of {config.size}x{config.size} to train on, {len(valid)} to validate"
           f" on; {arguments.device}, {'bfloat16' if arguments.amp else 'float32'}", flush=True)
-    train(config, arguments, perceptual, faces, valid)
+    train(config, arguments, perceptual, faces, valid, content)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
