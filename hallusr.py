@@ -79,8 +79,8 @@ def require_images(x: torch.Tensor, name: str = "image", channels: int | None = 
 
 def require_same(a: torch.Tensor, b: torch.Tensor, names: str):
     """Raise ValueError unless both tensors have one shape: broadcasting would hide a mistake."""
-    require(a.shape == b.shape, f"{names} must have one shape, got {tuple(a.shape)} and "
-                                f"{tuple(b.shape)}")
+    found = f"{tuple(a.shape)} and {tuple(b.shape)}"
+    require(a.shape == b.shape, f"{names} must have one shape, got {found}")
 
 
 def check_architecture(widths: tuple, scale: int, blocks: int):
@@ -139,10 +139,9 @@ def downscale(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
 def upscale_nearest(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
     """Repeat every pixel factor x factor times, so that downscale(upscale_nearest(x)) == x.
 
-    (N, C, h, w) -> (N, C, h*f, w*f). Raises ValueError unless x has four dimensions.
+    (N, C, h, w) -> (N, C, h*f, w*f). Raises ValueError unless x is a batch of float images.
     """
-    require(x.ndim == 4 and factor >= 1,
-            f"image must have shape (N, C, h, w) and factor >= 1, got {tuple(x.shape)}, {factor}")
+    require_images(x)
     return fn.interpolate(x, scale_factor=factor, mode="nearest")
 
 
@@ -368,7 +367,7 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 0.1) -> torch.Ten
     shrunk = quantize(downscale(image, scale_between(image, lr)))          # (N, 3, h, w)
     # One grey level is r, so F is near 1 for a visible error: D_I's weights need not grow to see
     # it. Both images are on 8-bit levels, so their distance is a whole number of levels and
-    # eps = 0.1 permits nothing; what freedom there is (section 4.2) is the rounding's half level.
+    # eps = 0.1 permits nothing (C19); what freedom there is (section 4.2) is the rounding's half level.
     r = 2 / 255
     return fn.relu((shrunk - lr).abs() / r - eps)                          # (12)
 
@@ -565,7 +564,7 @@ class Discriminator(nn.Module):
 
     forward(pictures, excess=None): the list of all resolutions, coarse to fine, as G returns it and
     `pyramid` makes it from real images; for D_I also F of (12), (N, 3, h, w), zero for real images.
-    F is concatenated at the last block (section 3.1). Returns logits (N, 1, h, w), one per LR
+    F is concatenated at the last block (section 3.1, C21). Returns logits (N, 1, h, w), one per LR
     pixel: no linear layer (section 3.2), so any size works.
     Source: sections 3.1 and 3.2. Needs: DownBlock, ResidualBlock, conv3x3, activation.
     Raises ValueError for a wrong number of pictures, unequal N, or an excess that is missing,
@@ -733,11 +732,6 @@ def std_map(samples: torch.Tensor) -> torch.Tensor:
     """
     require(samples.ndim == 5, f"samples must be (K, N, 3, H, W), got {tuple(samples.shape)}")
     return to_levels(samples).std(0, correction=0)
-
-
-def pixel_std(samples: torch.Tensor) -> torch.Tensor:
-    """Mean of std_map over pixels and channels: (K, N, 3, H, W) in [-1, 1] -> (N,), grey levels."""
-    return std_map(samples).mean((1, 2, 3))
 
 
 # ---- Files: saving and loading a generator ------------------------------------------------------

@@ -12,9 +12,15 @@ The faces are invented. They say which pictures fit the small one, never who is 
 """
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # from the first import on, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -26,21 +32,28 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
 from hallusr import (LPIPS, diversity_score, downscale, draw_z, from_levels, image_gradient,
-                     load_generator, lr_psnr, pixel_std, project_onto_lr, psnr, quantize, require,
-                     sample, ssim, std_map, to_levels, upscale_bicubic, upscale_nearest)
+                     load_generator, lr_psnr, project_onto_lr, psnr, quantize, require,
+                     sample, ssim, std_map, to_levels, upscale_bicubic, upscale_nearest,
+                     whole_file)
 
 # ---- Photos -------------------------------------------------------------------------------------
 
 
 def read_image(path: str | Path) -> torch.Tensor:
-    """Any image file, upright, as uint8 RGB (3, H, W).
+    """Any image file, upright, as uint8 RGB (3, H, W); 16-bit grey is rescaled to 8 bits.
 
-    Raises ValueError, naming the file, when it can not be read.
+    Raises ValueError, naming the file, when it can not be read, or has 32-bit or float values,
+    whose range nothing tells.
     """
     try:
         with Image.open(path) as image:
-            return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-    except OSError as error:
+            require(image.mode not in ("I", "F"), f"its values are of mode {image.mode}, not 8-bit")
+            upright = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):
+                grey = v2.functional.pil_to_tensor(upright).float() / 257  # (1, H, W), 0-255
+                return grey.round().byte().expand(3, -1, -1)
+            return v2.functional.pil_to_tensor(upright.convert("RGB"))
+    except Exception as error:  # what a damaged file ends in depends on where it is damaged
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -60,6 +73,7 @@ def read_photo(path: str | Path, size: int) -> torch.Tensor:
 class FolderFaces(Dataset):
     """Every image below a folder, centre-cropped and resized: (3, size, size) uint8 each.
 
+    Pictures that a training run has left there, beside its log.csv, are passed over.
     Raises FileNotFoundError for a missing folder or one without at least two images.
     """
 
@@ -67,7 +81,8 @@ class FolderFaces(Dataset):
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"no folder {folder}")
         self.paths = sorted(path for path in Path(folder).rglob("*")
-                            if path.suffix.lower() in IMG_EXTENSIONS)
+                            if path.suffix.lower() in IMG_EXTENSIONS
+                            and not path.with_name("log.csv").exists())
         self.size = size
         if len(self.paths) < 2:
             raise FileNotFoundError(f"expected at least 2 images ({' '.join(IMG_EXTENSIONS)}) "
@@ -122,7 +137,7 @@ def evaluate_batch(generator, hr, lr, z, lpips=None) -> dict:
     scores, maps = zip(*[score(image, hr, lr, lpips) for image in hallucinations])
     mean = {name: torch.stack([row[name] for row in scores]).mean(0) for name in sr}
     mean["lr_psnr"] = mean_decibel(torch.stack([row["lr_psnr"] for row in scores]))
-    mean["pixel_std"] = pixel_std(hallucinations)
+    mean["pixel_std"] = std_map(hallucinations).mean((1, 2, 3))
     if lpips is not None:
         mean["diversity"] = diversity_score(torch.stack(maps))
     return {"bicubic": bicubic, "SR": sr, "hallucination": mean}
@@ -168,25 +183,14 @@ def evaluate_folder(generator, arguments):
     print(f"{'':14}" + "".join(f"{name:>11}" for name in rows["hallucination"]))
     for name, row in rows.items():
         print(f"{name:14}" + "".join(f"{value:11.3f}" for value in row.values()))
-    print(definitions())
     path = Path(arguments.out) / "evaluate.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {row: {name: value if math.isfinite(value) else None for name, value in values.items()}
              for row, values in rows.items()}  # JSON has no infinity
     settings = {name: str(value) for name, value in vars(arguments).items()}
-    path.write_text(json.dumps({"n": len(hr), "arguments": settings, "rows": plain}, indent=1))
-    print(f"written to {path}")
-
-
-def definitions() -> str:
-    """How the numbers of --evaluate are made."""
-    return """\
-psnr, ssim   on 8-bit RGB, mean over faces; SSIM: 11x11 Gaussian window of sigma 1.5, whole windows
-lpips        v0.1, AlexNet, inputs in [-1, 1]; of a hallucination: mean over samples
-lr_psnr      8-bit image, box-averaged, rounded, against LR; dB of the mean error (exact: inf)
-pixel_std    over samples, mean over pixels and channels, in grey levels
-diversity    NTIRE 2021: 100 (global - local) / global; global: the best sample's mean LPIPS map,
-             local: the mean of the per-pixel best"""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps({"n": len(hr), "arguments": settings, "rows": plain}))
+    print(f"written to {path}; the README says how each number is made")
 
 
 # ---- Pictures -----------------------------------------------------------------------------------
@@ -215,6 +219,12 @@ def contact_sheet(generator, lr: torch.Tensor, z: torch.Tensor,
     below += [torch.zeros_like(spread)] + [image_gradient(x) for x in known]
     tiles = torch.stack([torch.stack(above, 1), torch.stack(below, 1)], 1)  # (N, 2, columns, ...)
     return make_grid(tiles.flatten(0, 2).clamp(0, 1), nrow=len(above), padding=1, pad_value=1.0)
+
+
+def write_image(image: torch.Tensor, path: Path):
+    """A picture (3, H, W) in [0, 1] as a whole PNG file. Raises OSError, naming it."""
+    with whole_file(path) as temporary:
+        save_image(image, temporary, format="png")
 
 
 class Projected(torch.nn.Module):
@@ -273,8 +283,8 @@ def write_samples(generator, path: str, arguments):
     folder = Path(arguments.out) / Path(path).stem
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
-        save_image(image, folder / f"{name}.png", normalize=True, value_range=(-1, 1))
-    save_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
+        write_image((image[0] + 1) / 2, folder / f"{name}.png")
+    write_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
     if arguments.walk:
         write_walk(generator, lr, *noise(2), folder / "walk.gif")
     print(f"  written to {folder}/: {', '.join(images)}, grid{', walk' * arguments.walk}")
@@ -289,7 +299,8 @@ def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
     images = sample(generator, lr.expand(frames, -1, -1, -1), angles.cos() * a + angles.sin() * b)
     shown = to_levels(upscale_nearest(images, 3)).to(torch.uint8).cpu()
     first, *rest = [v2.functional.to_pil_image(image) for image in shown]
-    first.save(path, save_all=True, append_images=rest, duration=80, loop=0)
+    with whole_file(path) as temporary:
+        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=80, loop=0)
 
 
 # ---- Command line -------------------------------------------------------------------------------
@@ -316,12 +327,17 @@ def parse_arguments(words=None):
     parser.add_argument("--out", default="samples", help="folder for results (default: samples)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     found = parser.parse_args(words)
-    if not found.photos and not found.evaluate:
-        require(not found.lr, "--lr says that the images are LR already: name at least one")
+    if not found.photos and not found.evaluate and not found.lr:
         found.photos = [str(assets / "astronaut.png")]
     names = [Path(path).stem for path in found.photos]
     require(len(set(names)) == len(names), f"two photos have one name, and so one folder: {names}")
-    require(found.temperature >= 0, f"--temperature must be >= 0, got {found.temperature}")
+    require(not {"", ".", ".."} & set(names), "a photo's name is its folder's below --out: rename "
+                                              f"one of {found.photos}")
+    require(0 <= found.temperature < math.inf,
+            f"--temperature must be finite and >= 0, got {found.temperature}")
+    require(0 <= found.seed < 2 ** 32, f"--seed must be in [0, 2^32), got {found.seed}")
+    require(found.evaluate or found.slice == slice(None), "--slice goes with --evaluate")
+    require(found.photos or not found.lr, "--lr goes with images: --evaluate makes LR itself")
     return found
 
 
@@ -343,6 +359,18 @@ def find_device(name: str) -> str:
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def run_as_script(main):
+    """main(), and for whatever a user can mend one sentence and an exit code, not a traceback."""
+    try:
+        main()
+        print(end="", flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
 def main(words=None):
     arguments = parse_arguments(words)
     arguments.device = find_device(arguments.device)
@@ -358,7 +386,4 @@ def main(words=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
+    run_as_script(main)

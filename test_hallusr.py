@@ -2,6 +2,7 @@
 
 CPU, no network. What needs pretrained weights skips where torch.hub's cache does not have them.
 """
+import contextlib
 import copy
 import csv
 import json
@@ -9,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -31,7 +33,7 @@ G4 = dict(size=16, scale=4, z_dim=5, widths=(8, 6, 4), blocks=1)
 TINY = dict(**G4, d_blocks=1, batch=2, perceptual="pixels")
 TINY_FLAGS = ("--size 32 --scale 4 --z-dim 5 --widths 8,6,4 --blocks 1 --d-blocks 1 --batch 2 "
               "--steps 2 --warmup 0 --perceptual pixels --log-every 1 --val-every 2 --val-faces 4 "
-              "--sketches 20 --device cpu --no-amp")
+              "--sketches 20 --device cpu --no-amp --fall 0")
 needs_lpips = pytest.mark.skipif(not LPIPS.at_hand(), reason="LPIPS weights are not in TORCH_HOME")
 VGG_FILE = Path(torch.hub.get_dir()) / "checkpoints/vgg16-397923af.pth"
 needs_vgg = pytest.mark.skipif(not VGG_FILE.is_file(), reason="VGG-16 is not in TORCH_HOME")
@@ -397,7 +399,7 @@ def test_diversity_score_by_hand():
 
 def test_pixel_std_by_hand():
     samples = torch.tensor([10.0, 14.0, 18.0, 22.0]).view(4, 1, 1, 1, 1) / 127.5 - 1
-    found = hallusr.pixel_std(samples.expand(4, 2, 3, 2, 2))
+    found = hallusr.std_map(samples.expand(4, 2, 3, 2, 2)).mean((1, 2, 3))
     torch.testing.assert_close(found, torch.full((2,), math.sqrt(20.0)))
 
 
@@ -515,7 +517,7 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: Config(widths=(8, 8)), "4 positive numbers for scale 8"),
     (lambda: Config(size=60), "multiple of scale 8, got 60"),
     (lambda: Config(tau=0.0), "tau must be positive, got 0"),
-    (lambda: Config(perceptual="relu9_9"), "relu2_2.*got 'relu9_9'"),
+    (lambda: Config(perceptual="relu9_9"), "relu2_2.*got relu9_9"),
     (lambda: Generator(scale=8, widths=(8, 8)), "4 positive numbers"),
     (lambda: Generator(z_dim=0), "z_dim must be 1 or more"),
     (lambda: Generator(**G4)(images(2, 1, 4, 4), torch.randn(2, 5, 4, 4)),
@@ -538,8 +540,15 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: hallusr.draw_z((1, 5, 4, 4), 1.1, None), r"z_shared must be in \[0, 1\], got 1.1"),
     (lambda: hallusr.draw_z((1, 5, 4, 4), -0.1, None), r"z_shared must be in \[0, 1\], got -0.1"),
     (lambda: Config(z_shared=2.0), r"z_shared must be in \[0, 1\], got 2"),
-    (lambda: Config(explore="noise"), "explore must be one of branch, gradient, image, got 'noi"),
-    (lambda: train.draw_face(train.SketchFaces(1).attributes(0), 12), "multiple of 8, got 12"),
+    (lambda: Config(explore="noise"), "explore must be branch, gradient or image, got noi"),
+    (lambda: train.draw_faces(torch.rand(2, 12), 12), "multiple of 8, got 12"),
+    (lambda: Config(seed=2 ** 40), "seed must be in .*got 1099511627776"),
+    (lambda: sample.parse_arguments(["--temperature", "inf"]), "finite and >= 0, got inf"),
+    (lambda: sample.parse_arguments(["--seed", "20000000000000"]), "seed must be in"),
+    (lambda: sample.parse_arguments(["...png"]), "its folder's below --out"),
+    (lambda: sample.parse_arguments(["--slice", "1:2"]), "--slice goes with --evaluate"),
+    (lambda: sample.parse_arguments(["--lr", "--evaluate", "x"]), "--evaluate makes LR itself"),
+    (lambda: train.main(["--val", "x", "--device", "cpu"]), "--val goes with a folder of photos"),
     (lambda: PerceptualLoss("relu9_9"), "relu2_2.*got 'relu9_9'"),
     (lambda: hallusr.downscale(images(1, 3, 12, 12), 8), "multiples of 8, got 12 x 12"),
     (lambda: hallusr.image_gradient(images(3, 4, 4)), r"\(N, C, H, W\), got \(3, 4, 4\)"),
@@ -553,7 +562,7 @@ def test_contact_sheet_shows_every_column_in_order():
     pytest.param(lambda: LPIPS()(images(2, 3, 16, 16), images(2, 3, 16, 16)), "sides of 31",
                  marks=needs_lpips),
     (lambda: hallusr.diversity_score(images(2, 3, 4)), r"\(K, N, H, W\)"),
-    (lambda: hallusr.pixel_std(images(2, 3, 4, 4)), r"\(K, N, 3, H, W\)"),
+    (lambda: hallusr.std_map(images(2, 3, 4, 4)), r"\(K, N, 3, H, W\)"),
 ])
 def test_wrong_arguments_are_named(call, words):
     with pytest.raises(ValueError, match=words):
@@ -567,7 +576,7 @@ def either_side(compare):
 
 @pytest.mark.parametrize("reads", [
     [hallusr.image_gradient, hallusr.downscale, hallusr.quantize, hallusr.pyramid,
-     lambda x: hallusr.pixel_std(x[None]), lambda x: Discriminator((8, 6), 2, 1)([x]),
+     lambda x: hallusr.std_map(x[None]), lambda x: Discriminator((8, 6), 2, 1)([x]),
      lambda x: Generator(**G4)(x, torch.randn(2, 5, 32, 32))],
     *map(either_side, [hallusr.psnr, hallusr.ssim, hallusr.lr_psnr, hallusr.excess]),
     pytest.param(either_side(lambda a, b: LPIPS()(a, b)), marks=needs_lpips, id="LPIPS")])
@@ -721,13 +730,13 @@ def test_the_first_steps_teach_reconstruction_alone(tmp_path):
     assert [row["D_image_real"] != "" for row in rows] == [False, False, True]
     assert all(row["L_percp"] for row in rows)
     notes = [hallusr.load_generator(tmp_path / run / "last.pt").note for run in ("alone", "then")]
-    assert re.search("after 3 steps the warm-up of 3 is not over", notes[0]) and notes[1] == ""
+    assert notes == ["step 3 is within the warm-up of 3: z means nothing yet", ""]
 
 
 def loss_of_d(D, real, fakes, excess, r1_weight):
     """-log D(real) - log(1 - D(fake)) + R1, one image at a time; excess is None for D_g."""
     none = None if excess is None else torch.zeros_like(excess[0][:1])
-    loss = 0.0
+    loss, share = 0.0, (0.5 / 1.5, 1 / 1.5)  # SR counts beta = 0.5, as it does for G
     for n in range(2):
         pictures = [picture[n:n + 1].detach().requires_grad_() for picture in real]
         logits = D(pictures, none)
@@ -737,7 +746,7 @@ def loss_of_d(D, real, fakes, excess, r1_weight):
         for k, fake in enumerate(fakes):
             seen = [picture[n:n + 1].detach() for picture in fake]
             logits = D(seen, None if excess is None else excess[k][n:n + 1].detach())
-            loss = loss - (1 - torch.sigmoid(logits)).log().mean() / 4
+            loss = loss - share[k] * (1 - torch.sigmoid(logits)).log().mean() / 2
     return loss
 
 
@@ -834,43 +843,58 @@ def test_a_table_has_every_column_any_row_has(tmp_path):
     assert (tmp_path / "log.csv").read_text().split() == ["step,a,b", "1,0.5,", "2,,inf"]
 
 
-class Oracle(torch.nn.Module):
-    """Knows what LR hides: draws one of the four faces, chosen by the signs of z."""
-    scale, z_dim = 8, 2
-
-    def forward(self, lr, z):
-        faces = train.SketchFaces(len(lr), 64, seed=1)
-        chosen = [dict(smiling=bool(a > 0), glasses=bool(b > 0)) for a, b in z[:, :, 0, 0]]
-        drawn = [train.draw_face(faces.attributes(i) | kind) for i, kind in enumerate(chosen)]
-        return {"image": [torch.stack(drawn)]}
+def shown(kinds, truth):
+    """Of each face the possibilities that kinds (K, N) name: (K, N, 3, H, W)."""
+    return truth[kinds, torch.arange(truth.shape[1])]
 
 
-def test_what_was_hidden_is_counted(capsys):
-    train.report_hidden(Oracle(), Config(z_dim=2), "cpu", faces=10, samples=120)
-    printed = capsys.readouterr().out
-    smiles, glasses = map(int, re.findall(r"(\d+)% \(", printed))
-    assert 45 < smiles < 55 and 45 < glasses < 55 and "4.0 of the 4" in printed
+def test_a_perfect_sampler_is_calibrated_and_nothing_simpler_is():
+    truth = train.possibilities(40, 32)
+    lr, sr = hallusr.quantize(hallusr.downscale(truth[0], 4)), truth[0]
+    drawn = shown(torch.randint(4, (10, 40)), truth)
+    noise = (truth.mean(0) + 0.1 * torch.randn(10, 40, 3, 32, 32)).clamp(-1, 1)
+    untrained = Generator(32, 4, 5, 1.0, (8, 6, 4), 1)
+    stand_ins = {"untrained": torch.stack([hallusr.sample(untrained, lr, torch.randn(40, 5, 8, 8))
+                                           for _ in range(10)]),
+                 "bicubic": hallusr.upscale_bicubic(lr, 4).expand(10, -1, -1, -1, -1),
+                 "noise": noise,
+                 "one answer": shown(torch.randint(4, (40,)).expand(10, 40), truth)}
+    perfect = train.calibration(drawn, sr, truth)
+    rarer = sum(math.comb(10, k) * min(k, 10 - k) for k in range(11)) / 2 ** 10 * 10  # in %
+    clean = perfect["of the four, found cleanly"].item()
+    assert clean == pytest.approx(4 * (1 - 0.75 ** 10), abs=0.15)
+    for row in ("rarer mouth within a face, %", "rarer eyes within a face, %"):
+        assert perfect[row].item() == pytest.approx(rarer, abs=5)
+    assert 0.85 < perfect["spread / true spread"] < 1.05
+    for name, images in stand_ins.items():
+        found = train.calibration(images, sr, truth)
+        for row in ("PSNR of the four to a sample, dB", "of the four, found cleanly",
+                    "rarer mouth within a face, %", "rarer eyes within a face, %",
+                    "spread in its place, %"):
+            if (name, row[:5]) != ("noise", "rarer"):  # which is of nearest, not of clean, samples
+                assert found[row] < 0.8 * perfect[row], (name, row)
 
 
-def test_photos_are_cropped_upright(tmp_path):
-    picture = torch.zeros(3, 40, 60)
-    picture[0, :, 10:50] = 1.0  # the centre square is red
-    save_image(picture, tmp_path / "wide.png")
-    assert sample.read_photo(tmp_path / "wide.png", 20).view(3, -1).unique(dim=1).T.tolist() == [
-        [255, 0, 0]]
-    turned = Image.new("RGB", (4, 2))
-    turned.putpixel((0, 0), (255, 255, 255))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by 90 degrees: top left goes to the top right
-    turned.save(tmp_path / "turned.png", exif=exif)
-    upright = sample.read_image(tmp_path / "turned.png")
-    assert upright.shape == (3, 4, 2) and upright[0, 0].tolist() == [0, 255]
+def test_the_table_of_calibration_shows_an_oracle_as_perfect():
+    class Oracle(torch.nn.Module):
+        """Knows what LR hides: draws one of the four, chosen by the signs of z."""
+        def forward(self, lr, z):
+            truth = train.possibilities(len(lr), 32)
+            return {"image": [shown(2 * (z[:, 0, 0, 0] > 0).long() + (z[:, 1, 0, 0] > 0), truth)]}
+    config = replace(Config(), size=32, scale=4, widths=(8, 6, 4), z_dim=2)
+    rows = train.calibration_table(Oracle(), config, "cpu", faces=40).splitlines()
+    values = {row[:34].strip(): [float(word) for word in row[34:].split()] for row in rows[1:]}
+    perfect, ours, sr, bicubic = values["of the four, found cleanly"]
+    assert perfect > 3.5 and ours > 3.5 and sr == 1 and bicubic <= 1
+    assert values["spread / true spread"][1] == pytest.approx(0.95, abs=0.06)
 
 
 def test_it_learns_a_batch_by_heart(tmp_path):
     for i in range(4):
-        save_image(train.SketchFaces(4, 32)[i] / 255, tmp_path / f"{i}.png")
-    run_training(tmp_path / "run", "--data", str(tmp_path), "--val", str(tmp_path), "--batch", "4",
+        save_image(train.draw_faces(torch.rand(1, 12), 32) / 2 + 0.5, tmp_path / f"{i}.png")
+    shutil.copytree(tmp_path, tmp_path / "same")
+    run_training(tmp_path / "run", "--data", str(tmp_path), "--val", str(tmp_path / "same"),
+                 "--batch", "4",
                  "--steps", "200", "--widths", "24,16,12", "--val-every", "200",
                  "--log-every", "50", "--lr-g", "2e-3", "--lr-d", "2e-3", "--ema", "0.9")
     scores = (tmp_path / "run/valid.csv").read_text().splitlines()
@@ -890,16 +914,17 @@ def test_batches_are_a_function_of_seed_and_step():
     assert all((hallusr.to_levels(face) == known).all((1, 2, 3)).any() for face in first[0])
 
 
-def test_small_faces_hide_mouth_and_glasses():
-    faces = train.SketchFaces(8, 64)
-    for i in range(8):
-        kinds = [train.draw_face(faces.attributes(i) | dict(smiling=s, glasses=g))
-                 for s in (True, False) for g in (True, False)]
-        stacked = hallusr.quantize(torch.stack(kinds))
-        small = hallusr.quantize(hallusr.downscale(stacked, 8))
+@pytest.mark.parametrize("size", [32, 64])
+def test_small_faces_hide_mouth_and_glasses(size):
+    kinds = train.possibilities(8, size)
+    assert torch.equal(kinds, hallusr.quantize(kinds)) and kinds.abs().max() <= 1
+    for factor in (size // 8, size // 4):
+        small = hallusr.quantize(hallusr.downscale(kinds.flatten(0, 1), factor)).view(4, 8, 3, -1)
         assert (small - small[:1]).abs().max() < 1.5 / 127.5  # one grey level, by rounding
-        assert all((stacked[a] - stacked[b]).abs().max() > 0.15 for a in range(4) for b in range(a))
-    assert torch.equal(faces[3], train.SketchFaces(8, 64)[3])
+    assert all((kinds[a] - kinds[b]).abs().amax((1, 2, 3)).min() > 0.15
+               for a in range(4) for b in range(a))
+    random = torch.rand(5, 12)
+    assert torch.equal(train.draw_faces(random[3:4], size)[0], train.draw_faces(random, size)[3])
 
 
 def test_nan_stops_training_and_overwrites_nothing(tmp_path, monkeypatch):
@@ -934,23 +959,162 @@ def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="other holds a run already"):
         train.main(["--resume", str(tmp_path / "mine/last.pt"), "--steps", "3", "--out",
                     str(tmp_path / "other")])
+    with pytest.raises(ValueError, match="best.pt is of step 2, and .*last.pt of 3 would be"):
+        shutil.copytree(tmp_path / "mine", tmp_path / "long")
+        train.main(["--resume", str(tmp_path / "long/last.pt"), "--steps", "3", "--device", "cpu"])
+        shutil.copy(tmp_path / "mine/last.pt", tmp_path / "long/best.pt")
+        train.main(["--resume", str(tmp_path / "long/best.pt"), "--steps", "4", "--device", "cpu"])
+    for name in ("best.pt", "valid.csv"):
+        (tmp_path / name[:4]).mkdir()
+        (tmp_path / name[:4] / name).touch()
+        with pytest.raises(ValueError, match="holds a run already"):
+            run_training(tmp_path / name[:4])
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        run_training(tmp_path / "file")
+
+
+def test_two_runs_at_one_moment_take_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert train.find_out(train.parse_arguments(["--data", "x/mine"])) == Path("runs/mine")
-    Path("runs/mine").mkdir(parents=True)
-    assert train.find_out(train.parse_arguments(["--data", "x/mine"])) == Path("runs/mine-2")
+    arguments = train.parse_arguments(["--data", "x/mine"])
+    folders = [train.Report.claim(train.Report, arguments) for _ in range(3)]
+    assert folders == [Path("runs/mine"), Path("runs/mine-2"), Path("runs/mine-3")]
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, monkeypatch, capsys):
-    report = train.Report.add
+@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_saves_and_says_how_to_resume(signal, tmp_path, monkeypatch, capsys):
+    after = train.Report.after
 
-    def add_then_interrupt(self, **values):
-        report(self, **values)
-        if self.count == 1:
-            train.signal.raise_signal(train.signal.SIGINT)
-    monkeypatch.setattr(train.Report, "add", add_then_interrupt)
+    def interrupt_then_after(self, step, terms):
+        train.signal.raise_signal(getattr(train.signal, signal))
+        return after(self, step, terms)
+    monkeypatch.setattr(train.Report, "after", interrupt_then_after)
     content = run_training(tmp_path, "--steps", "9", "--log-every", "5")
     assert content["step"] == 1
+    assert [row["step"] for row in table(tmp_path / "valid.csv")] == ["1"]
+    assert (tmp_path / "grid.png").exists()
     assert f"python train.py --resume {tmp_path / 'last.pt'}\n" in capsys.readouterr().out
+
+
+def one_step(nets, config, device, step):
+    hr, z1, z2 = train.batch_at(torch.zeros(3, 3, 16, 16).byte(), config, step, device)
+    terms = train.training_step(nets, torch.nn.L1Loss(), contextlib.nullcontext(), config, hr, z1,
+                                z2, step)
+    nets.set_rates(config, step)
+    nets.update_ema(config.ema, step)
+    return terms
+
+
+@pytest.mark.parametrize("explore", ["branch", "gradient"])
+def test_an_update_neither_waits_for_the_device_nor_mixes_devices(explore):
+    # On the meta device a value that is asked for, or a tensor of another device, is an error.
+    config = Config(**TINY, warmup=1, r1_every=2, tie=1.0, pixel=1.0, explore=explore)
+    nets = train.Networks(config, "meta")
+    for step in range(3):  # of the warm-up; without R1; with it
+        terms = one_step(nets, config, "meta", step)
+        assert all(value.device.type == "meta" for value in terms.values())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        terms["L_z"].item()
+    with pytest.raises(RuntimeError):
+        nets.G.head.bias + torch.zeros(8)  # on the CPU
+
+
+def test_two_processes_train_as_one(tmp_path):
+    # Hard consistency would leave some biases no gradient but rounding, which Adam makes large.
+    flags = f"{TINY_FLAGS} --batch 4 --steps 3 --r1-every 2 --val-every 9 --no-hard-consistency"
+    code, printed = run_script(f"python train.py {flags} --out {tmp_path / 'one'}", tmp_path)
+    assert code == 0, printed
+    launch = f"python -m torch.distributed.run --standalone --nproc-per-node=2 {HERE / 'train.py'}"
+    done = subprocess.run([sys.executable, *shlex.split(launch)[1:], *shlex.split(flags), "--out",
+                           str(tmp_path / "two")], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.count("done: look") == 1, done.stdout + done.stderr
+    one, two = (torch.load(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for name in ("generator", "G", "D"):
+        for key, value in one[name].items():
+            torch.testing.assert_close(value, two[name][key], atol=2e-5, rtol=0)
+    train.main(["--resume", str(tmp_path / "two/last.pt"), "--steps", "4", "--device", "cpu"])
+
+
+def test_rates_fall_to_a_tenth_at_the_end():
+    config = Config(**TINY, lr_g=1.0, lr_d=2.0, fall=0.4, steps=100)
+    nets, rates = train.Networks(config, "cpu"), []
+    for step in (0, 60, 80, 100):
+        nets.set_rates(config, step)
+        rates.append([opt.param_groups[0]["lr"] for opt in (nets.opt_G, nets.opt_D)])
+    assert rates[0] == rates[1] == [1.0, 2.0]
+    assert rates[2] == pytest.approx([0.1 ** 0.5, 2 * 0.1 ** 0.5])
+    assert rates[3] == pytest.approx([0.1, 0.2])
+
+
+def load_names(folder, *flags):
+    """The names of the photos that --data FOLDER trains on, and of those held out."""
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "stack", lambda faces, *_: kept.append({p.name for p in faces.paths}))
+        arguments = train.parse_arguments(["--data", str(folder), *flags])
+        train.load_faces(arguments, Config(**TINY))
+    return kept
+
+
+def test_a_photo_that_joins_moves_no_other_from_training_to_validation(tmp_path):
+    for i in range(300):
+        (tmp_path / f"{i}.png").touch()
+        if i in (1, 2, 5, 50, 299):
+            trained, held_out = load_names(tmp_path)
+            assert held_out and not trained & held_out and len(trained | held_out) == i + 1
+            if i > 1:
+                assert not before & held_out
+            before = trained
+    assert 5 < len(held_out) < 30
+
+
+def test_photos_to_validate_on_and_pictures_of_runs_are_not_trained_on(tmp_path):
+    for folder in ("a", "a/val", "a/run"):
+        (tmp_path / folder).mkdir()
+        for i in range(3):
+            (tmp_path / folder / f"{folder[2:]}{i}.png").touch()
+    (tmp_path / "a/run/log.csv").touch()
+    assert load_names(tmp_path / "a", "--val", str(tmp_path / "a/val")) == [
+        {"0.png", "1.png", "2.png"}, {"val0.png", "val1.png", "val2.png"}]
+    with pytest.raises(ValueError, match="are among those to validate on"):
+        load_names(tmp_path / "a", "--val", str(tmp_path / "a"))
+
+
+def test_images_of_16_bits_are_rescaled_and_of_32_refused(tmp_path):
+    grey = Image.new("I;16", (3, 1))
+    for x, value in enumerate((0, 32896, 65535)):
+        grey.putpixel((x, 0), value)
+    grey.save(tmp_path / "grey.png")
+    assert sample.read_image(tmp_path / "grey.png")[:, 0].tolist() == [[0, 128, 255]] * 3
+    for mode in ("I", "F"):
+        Image.new(mode, (3, 3)).save(tmp_path / f"{mode}.tiff")
+        with pytest.raises(ValueError, match=f"{mode}.tiff cannot be read.*mode {mode}"):
+            sample.read_image(tmp_path / f"{mode}.tiff")
+    save_image(torch.rand(3, 40, 40), tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    for spoiled in (whole[:300], whole[:60] + b"????" + whole[64:]):
+        (tmp_path / "cut.png").write_bytes(spoiled)
+        with pytest.raises(ValueError, match="cut.png cannot be read"):
+            sample.read_image(tmp_path / "cut.png")
+
+
+def test_training_goes_on_without_damaged_weights_of_lpips(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("alexnet-owt-7be5be79.pth", LPIPS.FILE):
+        (tmp_path / "checkpoints" / name).write_bytes(b"<html>")
+    assert train.find_lpips(Config(), "cpu") is None
+    assert re.search(r"not measured.*alexnet-owt.*damaged: delete that file",
+                     capsys.readouterr().out)
+
+
+def test_a_reader_that_leaves_stops_and_saves_the_run(tmp_path):
+    words = f"{sys.executable} {HERE / 'train.py'} {TINY_FLAGS} --steps 500 --out {tmp_path}/run"
+    done = subprocess.run(f"{words} | head -n 5", shell=True, capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert "Traceback" not in done.stderr and "step 1 " in done.stdout, done.stderr
+    assert torch.load(tmp_path / "run/last.pt")["step"] < 500
 
 
 def settings_of(words):
@@ -993,7 +1157,7 @@ def test_resume_takes_data_and_settings_from_the_run(tmp_path):
     arguments = train.parse_arguments(["--resume", str(tmp_path / "last.pt"), "--steps", "7"])
     config, _ = train.prepare(arguments)
     assert (config.alpha, config.steps, arguments.sketches) == (3.0, 7, 20)
-    assert arguments.out == tmp_path
+    assert train.Report.claim(train.Report, arguments) == tmp_path
 
 
 def test_training_does_not_go_on_from_what_is_no_run(tmp_path):
@@ -1073,7 +1237,7 @@ def test_readme_command(command, workplace, tmp_path, monkeypatch, capsys):
         code, printed = run_script(f"{command} {TINY_FLAGS}", workplace)
         assert code == 0 and "images/s" in printed, printed
     elif "--data celeba" in command:
-        with pytest.raises(FileNotFoundError, match="no CelebA below data"):
+        with pytest.raises(FileNotFoundError, match="no CelebA below .*data"):
             run_here(command, workplace, monkeypatch, capsys)
     else:
         command = command.replace("500:1000", "1:3")
@@ -1124,7 +1288,7 @@ def test_the_model_of_the_repository_is_true_to_its_input_and_diverse():
                        generator.settings["z_shared"], torch.Generator().manual_seed(0))
     made = torch.stack([hallusr.sample(generator, lr, latent) for latent in z])
     assert (torch.stack([hallusr.lr_psnr(image, lr) for image in made]) > 35).all()
-    assert (hallusr.pixel_std(made) > 4).all()
+    assert (hallusr.std_map(made).mean((1, 2, 3)) > 4).all()
 
 
 @needs_lpips
@@ -1142,12 +1306,12 @@ def test_evaluate_writes_json_with_every_row(workplace):
     ("python train.py --data photos --perceptual pixels --size 128",
      "is 64x70 pixels, expected at least 128x128"),
     ("python train.py --data empty --perceptual pixels",
-     "expected at least 2 images .* below empty, found 0"),
+     "expected at least 2 images .* below .*empty, found 0"),
     ("python train.py --scale 3", "power of two.*got 3"),
     ("python train.py --preset paper --resume runs/photos/last.pt", "no --preset"),
     ("python train.py --resume nowhere.pt", "no checkpoint at nowhere.pt"),
     ("python sample.py photos --checkpoint runs/photos/last.pt", "photos cannot be read"),
-    ("python sample.py --lr --checkpoint runs/photos/last.pt", "name at least one"),
+    ("python sample.py --lr --checkpoint runs/photos/last.pt", "--lr goes with images"),
     ("python sample.py me.jpg --lr --checkpoint runs/photos/last.pt", "80x70 pixels, LR has 32"),
     ("python sample.py me.jpg photos/me.jpg --checkpoint runs/photos/last.pt", "have one name"),
 ])
@@ -1158,7 +1322,7 @@ def test_mistakes_are_named(command, words, workplace, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command, words, expected", [
-    ("python train.py --data nowhere --perceptual pixels", "^train.py: no folder nowhere$", 1),
+    ("python train.py --data nowhere --perceptual pixels", "^train.py: no folder .*nowhere$", 1),
     ("python train.py --widths a,b", "argument --widths: invalid counts value: 'a,b'", 2),
     ("python sample.py me.jpg --checkpoint me.jpg", "^sample.py: me.jpg is damaged or no", 1),
 ])

@@ -1,6 +1,6 @@
-"""Train hallusr: one loop, for a CPU or one GPU.
+"""Train hallusr: one loop, for a CPU or one GPU, or for several under torchrun.
 
-    python train.py                      procedural faces, no data or weights needed: minutes
+    python train.py                      drawn faces, no data or weights needed: minutes
     python train.py --data FOLDER        any folder tree of images
     python train.py --data celeba --root DIR
 
@@ -9,40 +9,45 @@ Stop it with Ctrl-C at any time; `python train.py --resume OUT/last.pt` goes on 
 """
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until there is something to save, Ctrl-C just ends the program
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import csv
 import itertools
 import math
+import os
 import shlex
-import signal
 import sys
 import time
+import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
+import torch.distributed as dist
 from torchvision.datasets import CelebA
 from torchvision.transforms import v2
-from torchvision.utils import save_image
 
 from hallusr import (LPIPS, VGG_LAYERS, Discriminator, Generator, PerceptualLoss,
                      check_architecture, discriminator_loss, diversity_loss, downscale, draw_z,
                      excess, from_levels, generator_loss, gradient_loss, hallucination_loss,
                      image_gradient, load_checkpoint, load_weights, project_onto_lr, pyramid,
                      quantize, r1_penalty, reconstruction_loss, require, sample, save_checkpoint,
-                     to_levels, whole_file)
-from sample import FolderFaces, contact_sheet, count, evaluate, find_device, stack, summarize
+                     std_map, to_levels, upscale_bicubic, whole_file)
+from sample import (FolderFaces, contact_sheet, count, evaluate, find_device, run_as_script, stack,
+                    summarize, write_image)
 
 # ---- Settings -----------------------------------------------------------------------------------
 
 
 def setting(default, source: str, meaning: str):
-    """A dataclass field that carries what it means and which part of the paper gives its value.
-
-    The source is "open" where the paper is silent: another value is then no deviation.
-    """
+    """A field with its meaning and the part of the paper that gives its value, or "open"."""
     return field(default=default, metadata={"help": meaning, "source": source})
 
 
@@ -56,14 +61,13 @@ class Config:
     size: int = setting(64, "open", "side of the large image, in pixels (C1)")
     scale: int = setting(8, "section 4.1", "how many times smaller LR is, a power of two")
     z_dim: int = setting(64, "open", "m, the numbers of the noise z (C4)")
-    z_shared: float = setting(1.0, "section 2", "share of z that all LR pixels have in common: 1 "
-                              "is one vector, 0 a map (D1)")
+    z_shared: float = setting(1.0, "section 2", "z from one vector (1) to a map (0) (D1)")
     widths: tuple = setting((128, 96, 64, 32), "open", "channels, coarse to fine (C7)")
     blocks: int = setting(8, "Fig. 2", "residual blocks in G")
     d_blocks: int = setting(8, "section 3.2", "residual blocks in each discriminator (D9)")
     hard_consistency: bool = setting(False, "(9), (12)", "make DS(image) = LR inside G (D3)")
-    explore: str = setting("branch", "(8)", "where L_z acts: on G's gradient 'branch'; or, without "
-                           "branch, D_g and (7), on the image's 'gradient' or the 'image' (D10)")
+    explore: str = setting("branch", "(8)", "where L_z acts: G's gradient 'branch' or, without it, "
+                           "D_g and (7), the image's 'gradient' or the 'image' (D10)")
     perceptual: str = setting("relu2_2", "open", "VGG-16 layer of (6), or 'pixels' (C16, D6)")
     gamma: float = setting(10.0, "section 4.1", "weight of perceptual and gradient loss in (10)")
     beta: float = setting(0.1, "section 4.1", "weight of the adversarial losses in (10)")
@@ -77,6 +81,7 @@ class Config:
     r1_every: int = setting(1, "section 2.3", "steps from one R1 penalty to the next (D2)")
     lr_g: float = setting(1e-4, "section 4.1", "Adam's learning rate for G (D5)")
     lr_d: float = setting(4e-4, "open", "Adam's learning rate for D_I and D_g: TTUR (C13)")
+    fall: float = setting(0.0, "section 4.1", "last share of steps; rates fall to a tenth (D11)")
     ema: float = setting(0.999, "open", "decay of the running average of G (C14)")
     batch: int = setting(8, "section 4.1", "faces per step")
     steps: int = setting(100_000, "open", "training steps (C22)")
@@ -84,42 +89,47 @@ class Config:
 
     def __post_init__(self):
         check_architecture(self.widths, self.scale, min(self.blocks, self.d_blocks))
-        require(self.size >= 11 and self.size % self.scale == 0,  # SSIM's window is 11 wide
-                f"size must be 11 or more and a multiple of scale {self.scale}, got {self.size}")
-        for name in ("z_dim", "batch", "steps", "r1_every", "tau", "lr_g", "lr_d"):
-            require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("gamma", "beta", "alpha", "eps", "tie", "pixel", "warmup", "r1_gamma", "seed"):
-            require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
-        require(0 <= self.z_shared <= 1, f"z_shared must be in [0, 1], got {self.z_shared}")
-        require(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
-        for name, options in (("perceptual", ("pixels", *VGG_LAYERS)),
-                              ("explore", ("branch", "gradient", "image"))):
-            require(getattr(self, name) in options,
-                    f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}")
+        for names, words, fits in (
+                ("size", f"11 or more and a multiple of scale {self.scale}",  # SSIM's window is 11
+                 lambda n: n >= 11 and n % self.scale == 0),
+                ("z_dim batch steps r1_every tau lr_g lr_d", "positive",
+                 lambda x: 0 < x < math.inf),
+                ("gamma beta alpha eps tie pixel warmup r1_gamma", "finite and >= 0",
+                 lambda x: 0 <= x < math.inf),
+                ("z_shared fall", "in [0, 1]", lambda x: 0 <= x <= 1),
+                ("ema", "in [0, 1)", lambda x: 0 <= x < 1),
+                ("seed", "in [0, 2^32)", lambda n: 0 <= n < 2 ** 32),
+                ("perceptual", f"pixels or one of {', '.join(VGG_LAYERS)}",
+                 lambda word: word in ("pixels", *VGG_LAYERS)),
+                ("explore", "branch, gradient or image",
+                 lambda word: word in ("branch", "gradient", "image"))):
+            for name in names.split():
+                value = getattr(self, name)
+                require(fits(value), f"{name} must be {words}, got {value}")
 
 
-# What to change for a run of hours on two CPU cores: the README's D1 to D5 and D7 to D9, and two
-# choices that are ours anyway.
+# What to change for a run of hours on two CPU cores: D1 to D5, D7 to D9, and three open choices.
 RECOMMENDED = dict(z_dim=4, z_shared=0.0, r1_every=16, hard_consistency=True, tie=1.0, lr_g=5e-4,
                    lr_d=5e-4, pixel=50.0, warmup=3000, d_blocks=2, perceptual="relu3_3",
                    r1_gamma=1.0)
-# A small network for a first look without data or weights: minutes on two CPU cores.
-SKETCHES = dict(widths=(64, 48, 32, 16), blocks=4, d_blocks=4, perceptual="pixels", pixel=0.0,
-                warmup=0, r1_gamma=10.0, steps=1000)
+# On top of either, for drawn faces: a small network, to learn in minutes.
+SKETCHES = dict(size=32, scale=4, widths=(48, 32, 16), blocks=2, z_shared=1.0, perceptual="pixels",
+                pixel=0.0, warmup=600, tau=0.02, alpha=3.0, lr_g=1e-3, lr_d=1e-3, fall=0.4,
+                steps=2000)
 
 
 def deviations(config: Config) -> list[str]:
     """Every setting that the paper gives and that differs here, as in "alpha 4 (paper: 1)"."""
     def plain(value):
         return f"{value:g}" if isinstance(value, float) else str(value)
-    found = [f"{item.name} {plain(getattr(config, item.name))} (paper: {plain(item.default)})"
-             for item in fields(Config) if item.metadata["source"] != "open"
-             and getattr(config, item.name) != item.default]
+    pairs = [(item.name, getattr(config, item.name), item.default) for item in fields(Config)
+             if item.metadata["source"] != "open"]
     if config.perceptual == "pixels":
-        found.append("perceptual pixels (paper: a layer of VGG-16)")
+        pairs.append(("perceptual", "pixels", "a layer of VGG-16"))
     if config.lr_d == config.lr_g:
-        found.append(f"lr_d {plain(config.lr_d)} (paper: TTUR, another rate than G's)")
-    return found
+        pairs.append(("lr_d", config.lr_d, "TTUR, another rate than G's"))
+    return [f"{name} {plain(ours)} (paper: {plain(paper)})"
+            for name, ours, paper in pairs if ours != paper]
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -129,19 +139,23 @@ def train(config: Config, arguments, perceptual, faces, valid, content: dict | N
     """Train until config.steps or Ctrl-C. Logs, pictures and checkpoints go to arguments.out."""
     nets = Networks(config, arguments.device)
     start = nets.load(content, arguments.resume) if content else 0
-    if arguments.compile:
-        nets.compile()
-    report = Report(config, arguments, nets, valid, content)
-    amp = autocast(arguments)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    report = Report(config, arguments, nets, valid, content) if rank == 0 else None
+    amp = torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.amp)
 
     for step in range(start, config.steps):
-        hr, z1, z2 = batch_at(faces, config, step, arguments.device)
+        nets.set_rates(config, step)
+        batch = batch_at(faces, config, step, arguments.device)
+        hr, z1, z2 = (part[rank::world] for part in batch)  # every process its share
         terms = training_step(nets, perceptual, amp, config, hr, z1, z2, step)
         nets.update_ema(config.ema, step)
-        report.add(**terms)
-        if report.after(step + 1):
+        stop = torch.tensor(float(report.after(step + 1, terms) if report else 0))
+        if world > 1:
+            dist.broadcast(stop, 0)  # all ask the first; on the CPU, so that no GPU is waited for
+        if stop:
             break
-    report.goodbye()
+    if report:
+        report.goodbye()
 
 
 def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) -> dict:
@@ -163,12 +177,14 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
     terms, l_z = {}, 0.0
     adv_sr = adv_h = {"image": 0.0, "gradient": 0.0}
     if playing:
-        # D judges SR and z1, 2B images (C10); z2 is there for the distance in (8).
-        fake = {domain: first(2 * B, pictures) for domain, pictures in made.items()}
+        # D judges SR and z1 (S3), 2B images; z2 is there for the distance in (8).
+        fake = {domain: [picture[:2 * B] for picture in made[domain]] for domain in made}
         F = excess(fake["image"][-1], lr.repeat(2, 1, 1, 1), config.eps)     # (2B, 3, h, w)
         terms = update_discriminators(nets, amp, config, real, fake, F, step)
         adv_sr, adv_h = adversarial_losses(nets, amp, fake, F)
-        _, g1, g2 = explored(made, config.explore).chunk(3)                  # (B, 3, H, W) each
+        apart = {"branch": made.get("gradient"), "image": made["image"],     # D10
+                 "gradient": [image_gradient(image)]}[config.explore][-1]
+        _, g1, g2 = apart.chunk(3)                                           # (B, 3, H, W) each
         l_z = diversity_loss(g1, g2, z1, z2, config.tau)
         terms |= dict(L_z=l_z, image_moves=(image[B:2 * B] - image[2 * B:]).abs() * 127.5)
 
@@ -189,16 +205,24 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
 
 def update_discriminators(nets, amp, config: Config, real, fake, F, step: int) -> dict:
     """D step: minimise -log D(real) - log(1 - D(fake)) and R1, for D_I and D_g."""
-    B, none = len(real["image"][-1]), torch.zeros_like(F[:len(F) // 2])
+    none = torch.zeros_like(F[:len(F) // 2])
     given = {"image": torch.cat([none, F.detach()]), "gradient": None}  # F goes to D_I alone
     loss, terms = 0.0, {"excess": F}
     for domain, D in nets.D.items():
-        with amp:  # logits (3B, 1, h, w): B real, then 2B fake
-            logits = D(join(real[domain], fake[domain]), given[domain]).float()
-        loss = loss + discriminator_loss(logits[:B], logits[B:])
-        terms |= {f"D_{domain}_real": logits[:B], f"D_{domain}_fake": logits[B:]}
+        # Real and fake in one batch, at every resolution; nothing of it flows back to G.
+        both = [torch.cat([r, f.detach()]) for r, f in zip(real[domain], fake[domain])]
+        with amp:
+            logits = D(both, given[domain]).float()                          # (3B, 1, h, w)
+        real_logits, sr, h = logits.chunk(3)
+        # C10: SR counts as it does for G, beta to 1; at 1 to 1 hallucinations make up for what SR
+        # lacks, and all wear the glasses that SR never wears.
+        loss = loss + (discriminator_loss(real_logits, h)
+                       + config.beta * discriminator_loss(real_logits, sr)) / (1 + config.beta)
+        terms |= {f"D_{domain}_real": real_logits, f"D_{domain}_fake": h}
         if step % config.r1_every == 0:  # D2: seldom, but then with the weight of all steps
-            r1 = r1_of(D, real[domain], none if domain == "image" else None)
+            pictures = [picture.detach().requires_grad_() for picture in real[domain]]
+            # In float32, outside amp: two derivatives need the digits.
+            r1 = r1_penalty(D(pictures, none if domain == "image" else None), pictures)
             loss = loss + config.r1_every * config.r1_gamma / 2 * r1
             terms[f"R1_{domain}"] = r1
     descend(nets.opt_D, loss)
@@ -207,59 +231,28 @@ def update_discriminators(nets, amp, config: Config, real, fake, F, step: int) -
 
 def adversarial_losses(nets, amp, fake, F) -> tuple[dict, dict]:
     """L_adv of G: {domain: loss} for the reconstructions, and for the hallucinations."""
-    sr, h = {}, {}
+    sr, h = {"gradient": 0.0}, {"gradient": 0.0}  # so without the branch, and so without D_g
     nets.D.requires_grad_(False)  # G needs the slope through D, nobody needs D's own now
     for domain, D in nets.D.items():
         with amp:
             logits = D(fake[domain], F if domain == "image" else None).float()
         sr[domain], h[domain] = (generator_loss(half) for half in logits.chunk(2))
     nets.D.requires_grad_(True)
-    return {"gradient": 0.0} | sr, {"gradient": 0.0} | h  # no D_g without the branch
-
-
-def explored(made: dict, where: str) -> torch.Tensor:
-    """What L_z pulls apart: G's gradient output, as printed, or what stands in for it (D10)."""
-    if where == "branch":
-        return made["gradient"][-1]
-    return made["image"][-1] if where == "image" else image_gradient(made["image"][-1])
-
-
-def autocast(arguments):
-    """bfloat16 inside convolutions where --amp says so; master weights and losses stay float32."""
-    return torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.amp)
+    return sr, h
 
 
 def descend(optimizer, loss: torch.Tensor):
-    """One step of one player down its loss."""
+    """One step of one player down its loss, averaged over all processes."""
     optimizer.zero_grad()
     loss.backward()
+    if dist.is_initialized():
+        weights = optimizer.param_groups[0]["params"]
+        flat = torch.cat([weight.grad.flatten() for weight in weights])
+        dist.all_reduce(flat)  # a sum, of everything at once
+        parts = (flat / dist.get_world_size()).split([weight.numel() for weight in weights])
+        for weight, part in zip(weights, parts):
+            weight.grad.copy_(part.view_as(weight))
     optimizer.step()
-
-
-def first(count: int, pictures: list) -> list:
-    """The first `count` of the batch, at every resolution."""
-    return [picture[:count] for picture in pictures]
-
-
-def join(real: list, fake: list) -> list:
-    """Real, then fake pictures at every resolution in one batch for D; nothing flows back to G."""
-    return [torch.cat([r, f.detach()]) for r, f in zip(real, fake)]
-
-
-def r1_of(D, pictures: list, none=None) -> torch.Tensor:
-    """R1 of one discriminator at real pictures, in float32: two derivatives need the digits."""
-    pictures = [picture.detach().requires_grad_() for picture in pictures]
-    logits = D.forward(pictures, none)  # not D(...): torch.compile can not differentiate twice
-    return r1_penalty(logits, pictures)
-
-
-def make_perceptual(config: Config) -> torch.nn.Module:
-    """(6), or L1 on pixels where the settings say so (D6)."""
-    pixels = config.perceptual == "pixels"
-    return torch.nn.L1Loss() if pixels else PerceptualLoss(config.perceptual)
-
-
-# ---- The networks and their state ---------------------------------------------------------------
 
 
 class Networks:
@@ -276,31 +269,26 @@ class Networks:
             self.D["gradient"] = Discriminator(*shape)
         for module in (self.G, self.ema, self.D):  # the layout in which convolutions are fastest
             module.to(device, memory_format=torch.channels_last)
-        # Section 4.1: no momentum, or each player overshoots the other. Fused: a pass less.
+        # Section 4.1: no momentum, or each player overshoots the other.
         options = dict(betas=(0.0, 0.9), fused=device != "meta")
-        self.opt_G = torch.optim.Adam(self.G.parameters(), config.lr_g, **options)
-        self.opt_D = torch.optim.Adam(self.D.parameters(), config.lr_d, **options)
-
-    def compile(self):
-        """torch.compile, in place, of all that the loop calls."""
-        for network in (self.G, *self.D.values()):
-            network.compile()
-
-    def state(self) -> dict:
-        """State dicts of all but the running average, which the checkpoint has as `generator`."""
-        return {name: getattr(self, name).state_dict() for name in ("G", "D", "opt_G", "opt_D")}
+        self.opt_G = torch.optim.Adam(self.G.parameters(), **options)
+        self.opt_D = torch.optim.Adam(self.D.parameters(), **options)
+        self.set_rates(config, 0)
 
     def load(self, content: dict, path) -> int:
-        """Take up a checkpoint; return its step. Learning rates stay those of the settings."""
-        load_weights(self.ema, content["generator"], path)
-        load_weights(self.G, content["G"], path)
-        load_weights(self.D, content["D"], path)
-        for name in ("opt_G", "opt_D"):
-            optimizer = getattr(self, name)
-            rate = optimizer.defaults["lr"]
-            optimizer.load_state_dict(content[name])
-            optimizer.param_groups[0]["lr"] = rate
+        """Take up a checkpoint; return its step."""
+        for module, name in ((self.ema, "generator"), (self.G, "G"), (self.D, "D")):
+            load_weights(module, content[name], path)
+        self.opt_G.load_state_dict(content["opt_G"])
+        self.opt_D.load_state_dict(content["opt_D"])
         return content["step"]
+
+    def set_rates(self, config: Config, step: int):
+        """Adam's rates; in the last share `fall` of the steps they fall to a tenth (D11)."""
+        left = 1 - step / config.steps
+        factor = 0.1 ** (1 - left / config.fall) if left < config.fall else 1.0
+        self.opt_G.param_groups[0]["lr"] = factor * config.lr_g
+        self.opt_D.param_groups[0]["lr"] = factor * config.lr_d
 
     @torch.no_grad()
     def update_ema(self, decay: float, step: int):
@@ -310,117 +298,83 @@ class Networks:
             average.lerp_(current, 1 - decay)
 
 
-# ---- Faces --------------------------------------------------------------------------------------
-# Procedural, from a folder, or CelebA. All end as one uint8 tensor (N, 3, size, size): small images
-# decoded once and kept in memory cost the loop nothing.
+# ---- Faces: drawn, from a folder, or CelebA; all end as one uint8 tensor (N, 3, size, size) -----
 
 
-class SketchFaces(Dataset):
-    """Drawn faces whose mouth and glasses an 8x8 version hides: (3, size, size) uint8 each.
+def draw_faces(random: torch.Tensor, size: int) -> torch.Tensor:
+    """Drawn faces from random (N, 12) in [0, 1]: (N, 3, size, size) on 8-bit levels of [-1, 1].
 
-    Face i is a function of (seed, i) alone; `attributes(i)` tells what was drawn.
+    The last two columns decide, above a half for yes, what LR hides: shrunk to 8x8 or less, faces
+    that differ only in smile and glasses are equal. A frown is the smile upside down inside one
+    row of blocks; the glasses shine by just as much as their frame darkens, block by block.
+    Raises ValueError unless size is a multiple of 8.
     """
+    require(size % 8 == 0, f"drawn faces need a size that is a multiple of 8, got {size}")
+    r, axis = random[:, :, None, None], (torch.arange(size) + 0.5) * 8 / size
+    y, x = torch.meshgrid(axis, axis, indexing="ij")  # lengths are in eighths of the side
 
-    def __init__(self, count: int, size: int = 64, seed: int = 0):
-        self.count, self.size, self.seed = count, size, seed
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        return to_levels(draw_face(self.attributes(i), self.size)).to(torch.uint8)
-
-    def attributes(self, i: int) -> dict:
-        """All that is random in face i. Colours are in [-1, 1], lengths in eighths of the side."""
-        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + i)
-
-        def between(low, high):
-            return low + (high - low) * torch.rand((), generator=rng).item()
-
-        def colour(*options):
-            chosen = options[torch.randint(len(options), (), generator=rng)]
-            return [channel + between(-0.08, 0.08) for channel in chosen]
-
-        return dict(
-            background=[between(-0.6, 0.6) for _ in range(3)],
-            skin=colour((0.4, 0.2, 0), (0.3, 0, -0.15), (0.1, -0.2, -0.4), (-0.2, -0.4, -0.5)),
-            hair=colour((-0.7, -0.75, -0.8), (-0.3, -0.55, -0.7), (0.4, 0.15, -0.4), (0, 0, 0)),
-            iris=colour((-0.5, -0.2, 0.3), (-0.6, -0.7, -0.8), (-0.4, 0.1, -0.4)),
-            width=between(2.3, 2.9), hair_top=between(0.7, 1.5), hair_bottom=between(2.5, 7.5),
-            mouth_width=between(0.8, 1.2), lips=between(0.1, 0.4),
-            smiling=between(0, 1) < 0.5, glasses=between(0, 1) < 0.5)
-
-
-def draw_face(attributes: dict, size: int = 64) -> torch.Tensor:
-    """A face sketch, antialiased: (3, size, size) in [-1, 1], a pure function of its attributes.
-
-    Shrunk to 8x8 (or less), faces that differ only in `smiling` and `glasses` are equal: a frown is
-    the smile upside down inside one row of blocks, and the glasses' lenses shine by just as much
-    as their frame darkens, block by block. Raises ValueError unless size is a multiple of 8.
-    """
-    require(size % 8 == 0, f"sketches are made of 8x8 blocks: size must be a multiple of 8, "
-                           f"got {size}")
-    a = attributes
-    axis = (torch.arange(size) + 0.5) * 8 / size
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    pixel = 8 / size
+    def colour(*rgb):
+        return torch.tensor(rgb).view(3, 1, 1)
 
     def cover(distance):  # signed distance, negative inside -> share of the pixel that is inside
-        return (0.5 - distance / pixel).clamp(0, 1)
+        return (0.5 - distance * size / 8).clamp(0, 1)
 
     def ellipse(cx, cy, rx, ry):
-        return cover((torch.hypot((x - cx) / rx, (y - cy) / ry) - 1) * min(rx, ry))
+        return cover((torch.hypot((x - cx) / rx, (y - cy) / ry) - 1) * ry)
 
-    def paint(image, colour, mask):
-        return image + mask * (torch.tensor(colour).view(3, 1, 1) - image)
+    def paint(image, paint, mask):
+        return image + mask * (paint - image)
 
-    shade = [channel - 0.25 for channel in a["skin"]]
-    image = torch.tensor(a["background"]).view(3, 1, 1).expand(3, size, size)
-    image = paint(image, a["hair"], ellipse(4, 3.6, a["width"] + 0.5, 3.6 - a["hair_top"] + 0.7))
-    falls = cover(torch.maximum((x - 4).abs() - a["width"] - 0.4, y - a["hair_bottom"]))
-    image = paint(image, a["hair"], falls * (y > 3.6))
-    image = paint(image, shade, cover(torch.maximum((x - 4).abs() - 1.0, 6 - y)))     # the neck
-    image = paint(image, a["skin"], ellipse(4, 4.2, a["width"], 3.2))
-    image = paint(image, a["hair"], ellipse(4, 4.2, a["width"], 3.2) * cover(y - a["hair_top"] - 1))
-    image = paint(image, shade, ellipse(4, 4.5, 0.22, 0.3))                           # the nose
-    for cx in (2.5, 5.5):
-        image = paint(image, (0.5, 0.5, 0.5), ellipse(cx, 3.5, 0.36, 0.24))
-        image = paint(image, a["iris"], ellipse(cx, 3.5, 0.18, 0.18))
-    u = (x - 4) / a["mouth_width"]
-    bend = 0.5 * (0.5 - u.square()) * (1 if a["smiling"] else -1)
-    lip = torch.maximum((y - 5.5 - bend).abs() - 0.13, (u.abs() - 1) * a["mouth_width"])
-    image = paint(image, (a["lips"], -0.5, -0.45), cover(lip))
-    return with_glasses(image, x, y, cover) if a["glasses"] else image
+    tone, width, length = 0.9 * r[:, 3:4] + 0.1 * r[:, 4:7], 2.5 + 0.4 * r[:, 8:9], r[:, 9:10]
+    skin = tone * colour(0.72, 0.72, 0.68) + colour(-0.3, -0.5, -0.65)
+    hair = r[:, 7:8] * colour(1.2, 0.9, 0.4) - 0.85
+    image = (1.6 * r[:, :3] - 0.8).expand(-1, 3, size, size)                 # the background
+    image = paint(image, hair, ellipse(4, 3.6, width + 0.45, 3.3))
+    falls = torch.maximum((x - 4).abs() - width - 0.45, y - 3.5 - 4 * length)
+    image = paint(image, hair, cover(falls) * (y > 3.6))
+    image = paint(image, skin, ellipse(4, 4.2, width, 3.4) * cover(2.3 - y))
+    image = paint(image, -0.9, ellipse(3, 4, 0.2, 0.3) + ellipse(5, 4, 0.2, 0.3))
+    bend = 0.52 * (0.5 - ((x - 4) / 1.5).square()) * torch.where(r[:, 10:11] > 0.5, 1, -1)
+    lips = torch.maximum((y - 5.5 - bend).abs() - 0.2, (x - 4).abs() - 1.5)
+    image = paint(image, colour(0.1, -0.9, -0.8), cover(lips))
 
-
-def with_glasses(image, x, y, cover):
-    """Two dark rounded frames and a bridge, lightened inside until every block's mean is back."""
-    lens = [torch.maximum((x - cx).abs(), (y - 3.5).abs()) for cx in (2.5, 5.5)]
-    frame = sum(cover((d - 0.43).abs() - 0.05) for d in lens)
-    bridge = cover(torch.maximum((y - 3.4).abs() - 0.07, (x - 4).abs() - 1.0))
-    dark = torch.full_like(image, -0.6)
-    framed = image + (frame + bridge).clamp(max=1) * (dark - image)
-    return project_onto_lr(framed[None], downscale(image[None], image.shape[-1] // 8))[0]
+    # Two frames of 2x2 blocks each and a bridge; then every block's mean is put back.
+    lens = torch.maximum(((x - 4).abs() - 1.05).abs(), (y - 4).abs()) - 0.75
+    bridge = torch.maximum((y - 4).abs() - 0.1, (x - 4).abs() - 0.3)
+    framed = paint(image, -0.9, torch.maximum(cover(lens.abs() - 0.14), cover(bridge)))
+    framed = project_onto_lr(framed, downscale(image, size // 8))
+    return quantize(torch.where(r[:, 11:12] > 0.5, framed, image))
 
 
 def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and validation faces, uint8 (N, 3, size, size); no face is in both."""
+    """Training and validation faces, uint8 (N, 3, size, size); no face is in both.
+
+    Without --val about every 20th photo is held out. Its name decides, so that a photo that joins
+    the folder later moves none from training to validation.
+    """
+    require(not arguments.val or arguments.data not in ("sketches", "celeba"),
+            f"--val goes with a folder of photos, not with {arguments.data}")
     if arguments.data == "sketches":
-        train = SketchFaces(arguments.sketches, config.size, seed=0)
-        valid = SketchFaces(arguments.val_faces, config.size, seed=1)
-    elif arguments.data == "celeba":
+        counts = arguments.sketches, arguments.val_faces
+        random = torch.rand(sum(counts), 12, generator=torch.Generator().manual_seed(0))
+        drawn = [to_levels(draw_faces(part, config.size)).byte() for part in random.split(50)]
+        return torch.cat(drawn).split(counts)
+    if arguments.data == "celeba":
         train, valid = (celeba(arguments.root, split, config.size) for split in ("train", "valid"))
-    elif arguments.val:
-        train, valid = (FolderFaces(folder, config.size)
-                        for folder in (arguments.data, arguments.val))
-    else:  # every 20th photo is kept away from training
-        faces = stack(FolderFaces(arguments.data, config.size))
-        held_out = torch.arange(len(faces)) % 20 == 0
-        return faces[~held_out], faces[held_out][:arguments.val_faces]
+        return stack(train), stack(valid, arguments.val_faces)
+    train = FolderFaces(arguments.data, config.size)
+    valid = FolderFaces(arguments.val or arguments.data, config.size)
+    if not arguments.val:
+        number = {path: zlib.crc32(path.name.encode()) for path in train.paths}
+        least = min(number.values())  # so that there is one at least
+        valid.paths = [path for path, n in number.items() if n % 20 == 0 or n == least]
+    held_out = {path.resolve() for path in valid.paths}
+    train.paths = [path for path in train.paths if path.resolve() not in held_out]
+    require(train.paths, f"all photos of {arguments.data} are among those to validate on")
     return stack(train), stack(valid, arguments.val_faces)
 
 
-def celeba(root: str, split: str, size: int) -> Dataset:
+def celeba(root: str, split: str, size: int) -> CelebA:
     """torchvision's CelebA with its official split. Raises FileNotFoundError where it is not."""
     square = v2.Compose([v2.PILToTensor(), v2.CenterCrop(178),
                          v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True)])
@@ -440,14 +394,13 @@ def batch_at(faces: torch.Tensor, config: Config, step: int, device) -> tuple:
     chosen = torch.randint(len(faces), (config.batch,), generator=rng)
     mirrored = torch.rand(config.batch, generator=rng) < 0.5  # C15
     small = config.size // config.scale
-    shape = (2, config.batch, config.z_dim, small, small)
-    z1, z2 = draw_z(shape, config.z_shared, rng)
+    z1, z2 = draw_z((2, config.batch, config.z_dim, small, small), config.z_shared, rng)
     hr = faces[chosen]
     hr[mirrored] = hr[mirrored].flip(-1)
     return from_levels(hr.to(device)), z1.to(device), z2.to(device)
 
 
-# ---- Reporting: log line and CSV row, validation, pictures, checkpoints -------------------------
+# ---- Reporting: log, validation, pictures, checkpoints ------------------------------------------
 
 
 def write_csv(path: Path, rows: list[dict]):
@@ -468,36 +421,55 @@ def last_is_best(rows: list[dict], name: str, sign: int, warmup: int = 0) -> boo
 class Report:
     """All that happens beside the loop. It reads the device only when a line is due."""
 
+    FILES = ("last.pt", "best.pt", "log.csv", "valid.csv", "grid.png")
+
     def __init__(self, config: Config, arguments, nets: Networks, valid, content: dict | None):
         self.config, self.arguments, self.nets = config, arguments, nets
-        self.out = Path(arguments.out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.out = self.claim(arguments)
         self.start = content["step"] if content else 0
         self.log_rows, self.valid_rows = content["rows"] if content else ([], [])
         self.valid = from_levels(valid).to(arguments.device)
         self.lpips = find_lpips(config, arguments.device)
         self.terms, self.count, self.stop, self.done = {}, 0, False, False
         self.began = self.since = time.time()
-        signal.signal(signal.SIGINT, self.interrupt)
+        for name in (signal.SIGINT, signal.SIGTERM):  # schedulers send the second
+            signal.signal(name, self.interrupt)
+
+    def claim(self, arguments) -> Path:
+        """The folder of results, this run's alone. Raises ValueError where another run is."""
+        home, named = arguments.resume and Path(arguments.resume).parent, arguments.out
+        if home and home.resolve() == Path(named or home).resolve():
+            return home
+        for k in itertools.count(1):
+            out = Path(named or Path("runs") / (Path(arguments.data).name + f"-{k}" * (k > 1)))
+            out.mkdir(parents=True, exist_ok=True)
+            if not any((out / name).exists() for name in self.FILES):
+                with suppress(FileExistsError):  # of two runs at one moment, one fails here
+                    (out / "log.csv").touch(exist_ok=False)
+                    return out
+            require(not named, f"{out} holds a run already: go on with --resume, or name another "
+                               "--out")
 
     def interrupt(self, *_):
-        """The first Ctrl-C lets the step end, so that a whole one is saved; the second kills."""
+        """The first Ctrl-C lets the step end and saves; the second kills."""
         self.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def add(self, **values):
-        """Collect tensors of one step; each is logged as its mean over the steps that have it."""
-        self.count += 1
-        for name, value in values.items():
-            self.terms.setdefault(name, []).append(value.detach().mean())
+    def say(self, text: str):
+        """Print; where nobody reads any more (`| head`), save and stop in place of a traceback."""
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            self.stop, sys.stdout = True, open(os.devnull, "w")
 
-    def after(self, step: int) -> bool:
+    def after(self, step: int, terms: dict) -> bool:
         """Whatever is due after this many steps. True when the loop is to end."""
+        self.count += 1
+        for name, value in terms.items():  # tensors, logged as means over the steps that have them
+            self.terms.setdefault(name, []).append(value.detach().mean())
         self.done = step == self.config.steps
         finished = self.done or self.stop  # read once: Ctrl-C may come while the rest of this runs
         due = finished or step % self.arguments.val_every == 0
-        if sys.stdout.isatty():
-            print(f"\r{step}/{self.config.steps}  {self.eta(step)} ", end="", flush=True)
         if due or step == 1 or step % self.arguments.log_every == 0:
             self.log(step)  # also what keeps NaN out of a checkpoint
         if due:
@@ -508,13 +480,13 @@ class Report:
             self.start, self.began = step, time.time()
         return finished
 
-    def eta(self, step: int) -> str:
+    def left(self, step: int) -> str:
         """Time left at the pace since the start, to the end or to that of the warm-up."""
         warming = step < self.config.warmup
         end = min(self.config.warmup, self.config.steps) if warming else self.config.steps
-        seconds = int((time.time() - self.began) / max(step - self.start, 1) * (end - step))
-        left = f"{seconds // 3600}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}"
-        return f"{left} left" + (" of the warm-up: z means nothing yet" if warming else "")
+        seconds = (time.time() - self.began) / max(step - self.start, 1) * (end - step)
+        text = f"{timedelta(seconds=int(seconds))} left"
+        return text + (" of the warm-up, z means nothing yet" if warming else "")
 
     def log(self, step: int):
         """One line and one CSV row. Raises FloatingPointError, naming the term, at NaN or Inf."""
@@ -527,27 +499,26 @@ class Report:
                                          f"overwritten: {self.out} is as it was last saved")
         pace = self.count * self.config.batch / (time.time() - self.since)
         text = "  ".join(f"{name} {value:.3g}" for name, value in means.items())
-        print(f"{clear_line()}step {step}  {pace:.1f} images/s  {self.eta(step)}  {text}",
-              flush=True)
+        self.say(f"step {step}  {pace:.1f} images/s  {self.left(step)}  {text}")
         self.log_rows.append({"step": step, "images_per_s": pace} | means)
         write_csv(self.out / "log.csv", self.log_rows)
         self.terms, self.count, self.since = {}, 0, time.time()
 
     def validate(self, step: int):
         """Score the running average on the validation faces, draw the grid, keep the best."""
-        began, nets, arguments = time.time(), self.nets, self.arguments
-        rows = summarize(evaluate(nets.ema, self.valid, 4, self.lpips))
-        for name, row in rows.items():
-            print(f"  {name:13}  " + "  ".join(f"{key} {row[key]:.3f}" for key in row), flush=True)
-        self.valid_rows.append({"step": step} | {
-            f"{name}_{key}": value for name, row in rows.items() for key, value in row.items()})
+        began, ema, config = time.time(), self.nets.ema, self.config
+        rows, row = summarize(evaluate(ema, self.valid, 4, self.lpips)), {"step": step}
+        for name, scores in rows.items():
+            self.say(f"  {name:13}  " + "  ".join(f"{key} {scores[key]:.3f}" for key in scores))
+            row |= {f"{name}_{key}": value for key, value in scores.items()}
+        self.valid_rows.append(row)
         write_csv(self.out / "valid.csv", self.valid_rows)
         hr = self.valid[:6]
-        lr, rng = quantize(downscale(hr, self.config.scale)), torch.Generator().manual_seed(0)
-        z = draw_z((6, self.config.z_dim, *lr.shape[-2:]), self.config.z_shared, rng)
-        save_image(contact_sheet(nets.ema, lr, z.to(arguments.device), hr), self.out / "grid.png")
+        lr, rng = quantize(downscale(hr, config.scale)), torch.Generator().manual_seed(0)
+        z = draw_z((6, config.z_dim, *lr.shape[-2:]), config.z_shared, rng).to(lr.device)
+        write_image(contact_sheet(ema, lr, z, hr), self.out / "grid.png")
         name, sign = ("SR_lpips", -1) if self.lpips else ("SR_psnr", 1)
-        if last_is_best(self.valid_rows, name, sign, self.config.warmup):
+        if last_is_best(self.valid_rows, name, sign, config.warmup):
             self.save("best.pt", step)
         self.began += time.time() - began
         self.since += time.time() - began
@@ -555,109 +526,122 @@ class Report:
     def goodbye(self):
         """The last words: how to go on, or what came of it."""
         checkpoint = shlex.quote(str(self.out / "last.pt"))
-        if not self.done:
-            print(f"{clear_line()}stopped and saved; go on with\n"
-                  f"  python train.py --resume {checkpoint}")
-        else:
-            print(f"{clear_line()}done: look at {self.out / 'grid.png'}, sample with\n"
-                  f"  python sample.py PHOTO --checkpoint {checkpoint}")
-        if self.arguments.data == "sketches" and self.config.size <= 8 * self.config.scale:
-            report_hidden(self.nets.ema, self.config, self.arguments.device)
+        self.say(f"done: look at {self.out / 'grid.png'}, sample with\n"
+                 f"  python sample.py PHOTO --checkpoint {checkpoint}" if self.done else
+                 f"stopped and saved; go on with\n  python train.py --resume {checkpoint}")
+        if self.arguments.data == "sketches":
+            self.say(calibration_table(self.nets.ema, self.config, self.arguments.device))
 
     def save(self, name: str, step: int):
         """Write a checkpoint from which --resume goes on, with the same data."""
-        run = {name: getattr(self.arguments, name) for name in RUN_DEFAULTS}
-        early = step <= self.config.warmup
-        note = f"after {step} steps the warm-up of {self.config.warmup} is not over: z means "
-        save_checkpoint(self.out / name, self.nets.ema, **self.nets.state(), step=step, run=run,
+        states = {key: getattr(self.nets, key).state_dict() for key in ("G", "D", "opt_G", "opt_D")}
+        note = f"step {step} is within the warm-up of {self.config.warmup}: z means nothing yet"
+        save_checkpoint(self.out / name, self.nets.ema, **states, step=step,
+                        run={key: getattr(self.arguments, key) for key in RUN},
                         config=asdict(self.config), rows=(self.log_rows, self.valid_rows),
-                        note=note + "nothing yet" if early else "")
+                        note=note if step <= self.config.warmup else "")
 
 
 def find_lpips(config: Config, device) -> LPIPS | None:
     """The metric where it can be had without a download, or None, saying why."""
-    if config.size >= 32 and LPIPS.at_hand():
+    try:
+        require(config.size >= 32, "images are smaller than 32x32")
+        require(LPIPS.at_hand(), "its weights are not in torch.hub's cache")
         return LPIPS().to(device)
-    print("LPIPS is not measured: " + ("images are smaller than 32x32" if config.size < 32 else
-                                       "its weights are not in torch.hub's cache"))
-    return None
+    except ValueError as error:
+        print(f"LPIPS is not measured: {error}")
+        return None
 
 
-def clear_line() -> str:
-    """What wipes the live progress line, on a terminal."""
-    return "\r\033[K" if sys.stdout.isatty() else ""
+# ---- Calibration: on drawn faces it is known what a perfect sampler would show ------------------
 
 
-def report_hidden(generator, config: Config, device, faces: int = 100, samples: int = 10):
-    """For drawn faces, what LR hides is known: do the hallucinations show all of it, or one answer?
+def possibilities(count: int, size: int, seed: int = 1) -> torch.Tensor:
+    """The four faces behind each LR: (4, count, 3, size, size) on 8-bit levels of [-1, 1].
 
-    Each hallucination is named after the nearest of the four faces with this LR: smile or frown,
-    glasses or none. Prints how often each came, and how many of the four a face got.
+    In order: smile and glasses, smile alone, glasses alone, neither.
     """
-    drawn, variants = SketchFaces(faces, config.size, seed=1), []
-    for smiling in (True, False):
-        for glasses in (True, False):
-            options = [drawn.attributes(i) | dict(smiling=smiling, glasses=glasses)
-                       for i in range(faces)]
-            variants.append(torch.stack([draw_face(a, config.size) for a in options]))
-    variants = torch.stack(variants).to(device)                    # (4, faces, 3, H, W)
-    lr = quantize(downscale(variants[0], config.scale))
-    rng = torch.Generator().manual_seed(0)
-    shape = (samples, faces, config.z_dim, *lr.shape[-2:])
-    latents = draw_z(shape, config.z_shared, rng).to(device)
-    with torch.no_grad():
-        images = torch.stack([sample(generator, lr, z) for z in latents])
-    nearest = (images[:, None] - variants).square().mean((3, 4, 5)).argmin(1)  # (samples, faces)
-    found = sum((nearest == kind).any(0).float().mean().item() for kind in range(4))
-    print(f"hidden in LR, seen in {samples} hallucinations of {faces} faces: smiles "
-          f"{(nearest < 2).float().mean():.0%} (drawn: 50%), glasses "
-          f"{(nearest % 2 == 0).float().mean():.0%} (drawn: 50%), "
-          f"{found:.1f} of the 4 possible faces each")
+    shared = torch.rand(count, 10, generator=torch.Generator().manual_seed(seed))
+    kinds = [torch.tensor([[smile, glasses]]) for smile in (1.0, 0.0) for glasses in (1.0, 0.0)]
+    return torch.stack([draw_faces(torch.cat([shared, kind.expand(count, 2)], 1), size)
+                        for kind in kinds])
+
+
+def calibration(samples: torch.Tensor, sr: torch.Tensor, truth: torch.Tensor) -> dict:
+    """Do samples (K, N, 3, H, W) show the four possibilities (4, N, 3, H, W), cleanly and evenly?
+
+    A sample is clean when its error to its nearest possibility is at most twice (3 dB) that of sr
+    (N, 3, H, W). All is counted within a face: noise, blur, or one answer for all, wins no row.
+    """
+    def error(images):  # (..., N, 3, H, W) -> (4, ..., N), mean squared, in grey levels
+        return torch.stack([(to_levels(images) - to_levels(one)).square().mean((-3, -2, -1))
+                            for one in truth])
+    apart = error(samples)                                                          # (4, K, N)
+    nearest, clean = apart.argmin(0), apart.amin(0) <= 2 * error(sr).amin(0)        # (K, N)
+    found = [((nearest == kind) & clean).any(0).float().mean() for kind in range(4)]
+    smile, glasses = (share.float().mean(0) for share in (nearest < 2, nearest % 2 == 0))  # (N,)
+    spread, due = std_map(samples), std_map(truth)                                  # (N, 3, H, W)
+    overlap = torch.minimum(spread, due).sum() / torch.maximum(spread, due).sum()
+    return {"PSNR of the four to a sample, dB": 10 * (255 ** 2 / apart.amin(1).mean()).log10(),
+            "of the four, found cleanly": sum(found),
+            "smiles, %": 100 * smile.mean(), "glasses, %": 100 * glasses.mean(),
+            "rarer mouth within a face, %": 100 * torch.minimum(smile, 1 - smile).mean(),
+            "rarer eyes within a face, %": 100 * torch.minimum(glasses, 1 - glasses).mean(),
+            "spread / true spread": spread.mean() / due.mean(),
+            "spread in its place, %": 100 * overlap}
+
+
+@torch.no_grad()
+def calibration_table(generator, config: Config, device, faces: int = 100, samples: int = 10):
+    """`calibration` of hallucinations of held-out drawn faces, beside what else could be shown."""
+    truth, rng = possibilities(faces, config.size), torch.Generator().manual_seed(0)
+    lr = quantize(downscale(truth[0], config.scale))                       # (faces, 3, h, w)
+    z = draw_z((1 + samples, faces, config.z_dim, *lr.shape[-2:]), config.z_shared, rng)
+    z[0] = 0
+    sr, *ours = [sample(generator, lr.to(device), latent.to(device)).cpu() for latent in z]
+    perfect = truth[torch.randint(4, (samples, faces), generator=rng), torch.arange(faces)]
+    shown = {"perfect": perfect, "ours": torch.stack(ours), "SR only": sr.expand_as(perfect),
+             "bicubic": upscale_bicubic(lr, config.scale).expand_as(perfect)}
+    columns = [calibration(images, sr, truth) for images in shown.values()]
+    lines = [(f"{samples} samples of {faces} drawn faces", shown)]
+    lines += [(row, [f"{column[row]:.2f}" for column in columns]) for row in columns[0]]
+    return "\n".join(f"{row:34}" + "".join(f"{x:>9}" for x in values) for row, values in lines)
 
 
 # ---- Command line -------------------------------------------------------------------------------
 
 
+# What a run is made of beside its Config: kept in its checkpoints, and taken up by --resume.
+RUN = dict(data="sketches", val=None, root="data", sketches=2000, val_faces=128, val_every=500,
+           log_every=50, amp=None, photos=None)
+
+
 def parse_arguments(words=None):
     """One flag per field of Config, left out of the namespace unless given, and the run's own."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    run = parser.add_argument_group("the run")
-    run.add_argument("--data", metavar="sketches|celeba|FOLDER",
-                     help="training faces; sketches are drawn here and now (default)")
-    run.add_argument("--val", metavar="FOLDER", help="validation faces of a folder run; "
-                     "without it every 20th image is held out")
-    run.add_argument("--sketches", type=count, metavar="N",
-                     help="how many training faces to draw (default: 4000)")
-    run.add_argument("--root", help="where celeba/ lies (default: data)")
-    run.add_argument("--out", help="where results go (default: a new runs/DATA, or, with --resume, "
-                     "where the checkpoint lies)")
-    run.add_argument("--resume", metavar="CHECKPOINT",
-                     help="go on from this last.pt, with its data and its settings")
-    run.add_argument("--preset", choices=("recommended", "paper"),
-                     help="paper: as printed; recommended: what hours suffice for (default)")
-    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    run.add_argument("--amp", action=argparse.BooleanOptionalAction,
-                     help="bfloat16 autocast (default: where the device computes in it)")
-    run.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    run.add_argument("--log-every", type=count, metavar="STEPS", help="a log line (default: 50)")
-    run.add_argument("--val-every", type=count, metavar="STEPS",
-                     help="validation, grid and checkpoint (default: 500)")
-    run.add_argument("--val-faces", type=count, metavar="N",
-                     help="validate on the first N validation faces (default: 128)")
+    run = parser.add_argument_group("the run").add_argument
+    run("--data", help="sketches (drawn here and now, the default), celeba, or a folder of photos")
+    run("--val", help="folder to validate on (default: about every 20th photo of --data)")
+    run("--root", help="where celeba/ lies (default: data)")
+    run("--out", help="folder for results (default: a new runs/DATA, or where --resume lies)")
+    run("--resume", help="go on from this last.pt, with its data and its settings")
+    run("--preset", choices=("recommended", "paper"), help="as printed, or for hours (default)")
+    run("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run("--amp", action=argparse.BooleanOptionalAction,
+        help="bfloat16 autocast (default: where the device computes in it)")
+    run("--sketches", type=count, help="faces to draw (default: 2000)")
+    run("--val-faces", type=count, help="faces to validate on, the first ones (default: 128)")
+    run("--val-every", type=count, help="steps to the next scores and checkpoint (default: 500)")
+    run("--log-every", type=count, help="steps to the next line of the log (default: 50)")
     method = parser.add_argument_group(
-        "the method", "defaults: --preset recommended's, and in brackets --preset paper's where "
-        "that is another; drawn faces change "
-        + ", ".join(f"{name} to {value}" for name, value in SKETCHES.items()))
+        "the method", "defaults: --preset recommended's; in brackets --preset paper's, where that "
+        "is another; drawn faces have " + ", ".join(f"{k} {v}" for k, v in SKETCHES.items()))
     for item in fields(Config):
-        best = RECOMMENDED.get(item.name, item.default)
+        best, kind = RECOMMENDED.get(item.name, item.default), type(item.default)
         text = f"{item.metadata['help']}; {item.metadata['source']}: {best}"
         text += f" [{item.default}]" if best != item.default else ""
-        if isinstance(item.default, bool):
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(item.default, tuple):
-            how = dict(type=counts, metavar="N,N,...")
-        else:
-            how = dict(type=type(item.default), metavar=type(item.default).__name__.upper())
+        how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
+               dict(type=counts if kind is tuple else kind, metavar=kind.__name__.upper()))
         method.add_argument("--" + item.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=text, **how)
     return parser.parse_args(words)
@@ -668,53 +652,57 @@ def counts(words: str) -> tuple:
     return tuple(count(word) for word in words.split(","))
 
 
-# What a resumed run takes from its checkpoint unless told otherwise.
-RUN_DEFAULTS = dict(data="sketches", val=None, sketches=4000, root="data", val_faces=128, amp=None,
-                    log_every=50, val_every=500)
-
-
 def prepare(arguments) -> tuple[Config, dict | None]:
     """Fill in what was not said, from the resumed run or the defaults.
 
     Returns the settings (the preset's or the resumed run's, then what sketches bring, then the
-    flags) and the content of the checkpoint to resume.
+    flags) and the content of the checkpoint to resume. Raises ValueError where steps would be lost.
     """
-    content, run = None, RUN_DEFAULTS
+    content, run, path = None, RUN, arguments.resume
     config = Config() if arguments.preset == "paper" else replace(Config(), **RECOMMENDED)
-    if arguments.resume:
-        require(arguments.preset is None, "--resume has the settings of its run: no --preset")
-        content = load_checkpoint(arguments.resume)
-        require("opt_G" in content, f"{arguments.resume} holds a generator alone: it can be "
-                                    "sampled, but training cannot go on from it")
+    if path:
+        require(not arguments.preset, "--resume has the settings of its run: no --preset")
+        content = load_checkpoint(path)
+        require("opt_G" in content, f"{path} holds a generator alone: it can be sampled, but "
+                                    "training cannot go on from it")
+        require(set(content["config"]) == set(asdict(config)) and set(content["run"]) == set(RUN),
+                f"{path} is of another version: go on with the one that made it")
         config, run = Config(**content["config"]), content["run"]
+        last = Path(path).with_name("last.pt")
+        latest = load_checkpoint(last)["step"] if last.is_file() and not arguments.out else 0
+        require(content["step"] >= latest, f"{path} is of step {content['step']}, and {last} of "
+                                           f"{latest} would be overwritten: name another --out")
     for name, value in run.items():
-        if getattr(arguments, name) is None:
+        if getattr(arguments, name, None) is None:
             setattr(arguments, name, value)
-    if arguments.data == "sketches" and not arguments.resume:
+    for name in ("data", "val", "root"):  # absolute: --resume may be said from elsewhere
+        if getattr(arguments, name) not in (None, "sketches", "celeba"):
+            setattr(arguments, name, str(Path(getattr(arguments, name)).absolute()))
+    if arguments.data == "sketches" and not path:
         config = replace(config, **SKETCHES)
-    names = {item.name for item in fields(Config)}
-    config = replace(config, **{k: v for k, v in vars(arguments).items() if k in names})
-    require(not content or content["step"] < config.steps, f"{arguments.resume} has its "
-            f"{content and content['step']} steps already: ask for more with --steps")
+    flags = {name: vars(arguments)[name] for name in asdict(config) if name in arguments}
+    config = replace(config, **flags)
+    require(not content or content["step"] < config.steps, f"{path} has its {config.steps} steps "
+                                                           "already: ask for more with --steps")
     arguments.device = find_device(arguments.device)
     if arguments.amp is None:
         arguments.amp = has_bfloat16(arguments.device)
-    arguments.out = find_out(arguments)
     return config, content
 
 
-def find_out(arguments) -> Path:
-    """Where results go; never where they would overwrite those of another run."""
-    home = Path(arguments.resume).parent if arguments.resume else None
-    if arguments.out or home:
-        out = Path(arguments.out or home)
-        mine = home and home.resolve() == out.resolve()
-        require(mine or not (out / "last.pt").exists(),
-                f"{out} holds a run already: go on with --resume, or name another --out")
-        return out
-    first = Path("runs") / Path(arguments.data).resolve().name
-    numbered = (first.with_name(f"{first.name}-{k}") for k in itertools.count(2))
-    return next(path for path in itertools.chain([first], numbered) if not path.exists())
+def join_processes(arguments, config: Config):
+    """Under torchrun: become one of several processes, with a GPU and a share of each batch."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if arguments.device == "cuda" else "gloo")
+    if arguments.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    require(config.batch % dist.get_world_size() == 0, f"batch must be a multiple of the "
+            f"{dist.get_world_size()} processes, got {config.batch}")
+    if dist.get_rank() > 0:  # the first one speaks, and all stop when it does
+        sys.stdout = open(os.devnull, "w")
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.SIG_IGN)
 
 
 def has_bfloat16(device: str) -> bool:
@@ -728,20 +716,21 @@ def has_bfloat16(device: str) -> bool:
 def main(words=None):
     arguments = parse_arguments(words)
     config, content = prepare(arguments)
+    join_processes(arguments, config)
     print(f"differs from the print in: {', '.join(deviations(config)) or 'nothing'}")
     print(", ".join(f"{name} {value}" for name, value in asdict(config).items()))
     torch.backends.cudnn.allow_tf32 = False  # where float32 is meant (R1), float32 it is
-    perceptual = make_perceptual(config).to(arguments.device)  # first: weights may be missing
+    pixels = config.perceptual == "pixels"  # D6; before the faces, as weights may be missing
+    perceptual = torch.nn.L1Loss() if pixels else PerceptualLoss(config.perceptual)
     if config.steps <= config.warmup:
         print(f"the reconstruction alone is learnt: z comes in after {config.warmup} steps")
     faces, valid = load_faces(arguments, config)
-    print(f"{len(faces)} faces of {config.size}x{config.size} to train on, {len(valid)} to validate"
-          f" on; {arguments.device}, {'bfloat16' if arguments.amp else 'float32'}", flush=True)
-    train(config, arguments, perceptual, faces, valid, content)
+    before, arguments.photos = arguments.photos, len(faces)
+    changed = f" ({before} before)" if before not in (None, len(faces)) else ""
+    print(f"{len(faces)} faces of {config.size}x{config.size} to train on{changed}, {len(valid)} to"
+          f" validate on; {arguments.device}, {'bfloat16' if arguments.amp else 'float32'}")
+    train(config, arguments, perceptual.to(arguments.device), faces, valid, content)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
+    run_as_script(main)
