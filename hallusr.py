@@ -367,7 +367,7 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 0.1) -> torch.Ten
     shrunk = quantize(downscale(image, scale_between(image, lr)))          # (N, 3, h, w)
     # One grey level is r, so F is near 1 for a visible error: D_I's weights need not grow to see
     # it. Both images are on 8-bit levels, so their distance is a whole number of levels and
-    # eps = 0.1 permits nothing (C19); what freedom there is (section 4.2) is the rounding's half level.
+    # eps = 0.1 permits nothing (C19); what freedom section 4.2 finds is the rounding's half level.
     r = 2 / 255
     return fn.relu((shrunk - lr).abs() / r - eps)                          # (12)
 

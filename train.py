@@ -365,7 +365,7 @@ def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     train = FolderFaces(arguments.data, config.size)
     valid = FolderFaces(arguments.val or arguments.data, config.size)
     if not arguments.val:
-        number = {path: zlib.crc32(path.name.encode()) for path in train.paths}
+        number = {path: zlib.crc32(bytes(path.relative_to(arguments.data))) for path in train.paths}
         least = min(number.values())  # so that there is one at least
         valid.paths = [path for path, n in number.items() if n % 20 == 0 or n == least]
     held_out = {path.resolve() for path in valid.paths}
@@ -668,8 +668,8 @@ def prepare(arguments) -> tuple[Config, dict | None]:
         require(set(content["config"]) == set(asdict(config)) and set(content["run"]) == set(RUN),
                 f"{path} is of another version: go on with the one that made it")
         config, run = Config(**content["config"]), content["run"]
-        last = Path(path).with_name("last.pt")
-        latest = load_checkpoint(last)["step"] if last.is_file() and not arguments.out else 0
+        last = Path(arguments.out or Path(path).parent) / "last.pt"
+        latest = load_checkpoint(last)["step"] if last.is_file() else 0
         require(content["step"] >= latest, f"{path} is of step {content['step']}, and {last} of "
                                            f"{latest} would be overwritten: name another --out")
     for name, value in run.items():
