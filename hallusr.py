@@ -16,8 +16,6 @@ Section, equation and figure numbers are that paper's, and the sections stand in
     4.2            the metrics of Table 1, and those of diversity
     files          saving and loading a generator
 
-`train.py` plays the game between G and D; `sample.py` uses a trained G.
-
 Notation (N images; h x w is the small size, H x W = scale * h x scale * w the large one; K is the
 number of samples, C a number of channels, C0 = widths[0] the one at LR size)
 
@@ -35,12 +33,9 @@ number of samples, C a number of channels, C0 = widths[0] the one at LR size)
     D_I, D_g    Discriminator   -> (N, 1, h, w)   logits: > 0 says real
     r           2 / 255         one grey level    the distance of two 8-bit levels in [-1, 1]
 
-What G makes, and what the discriminators judge, are lists over resolutions, from coarse
-(2h x 2w) to fine (H x W).
-
-Where the code is not the print, the line says so: S1-S7 correct slips of the print, C1-C22 fill
-its silences, D1-D11 are deviations, each a setting that `--preset paper` leaves off. The README
-lists them all.
+What G makes and D judges are lists over resolutions, from coarse (2h x 2w) to fine. Where the code
+is not the print, the line says so: S1-S7 correct slips, C1-C22 fill silences, D1-D11 are
+deviations, each a setting that `--preset paper` leaves off. The README lists them all.
 
 Copying: "Needs" in a docstring lists the names that belong to a piece. Functions called require...
 and check... only raise clear errors: take them along, or delete the lines that call them.
@@ -66,15 +61,17 @@ def require(condition: bool, message: str):
         raise ValueError(message)
 
 
-def require_images(x: torch.Tensor, name: str = "image", channels: int | None = None):
-    """Raise ValueError unless x is a batch of float images, (N, C, H, W).
-
-    Not uint8: 0-255 read as [-1, 1] would be clamped, and score as perfect or as flat.
-    """
-    require(x.ndim == 4 and channels in (None, x.shape[1]),
-            f"{name} must have shape (N, {channels or 'C'}, H, W), got {tuple(x.shape)}")
+def require_floats(x: torch.Tensor, name: str = "image"):
+    """Raise ValueError for uint8 and the like: 0-255 would be clamped, and score as perfect."""
     require(x.is_floating_point(), f"{name} must be floats in [-1, 1], got {x.dtype}: from_levels "
                                    "makes them from 8-bit values")
+
+
+def require_images(x: torch.Tensor, name: str = "image", channels: int | None = None):
+    """Raise ValueError unless x is a batch of float images, (N, C, H, W)."""
+    require(x.ndim == 4 and channels in (None, x.shape[1]),
+            f"{name} must have shape (N, {channels or 'C'}, H, W), got {tuple(x.shape)}")
+    require_floats(x, name)
 
 
 def require_same(a: torch.Tensor, b: torch.Tensor, names: str):
@@ -87,9 +84,9 @@ def check_architecture(widths: tuple, scale: int, blocks: int):
     """Raise ValueError unless widths, scale and blocks fit together."""
     require(scale >= 2 and scale & (scale - 1) == 0,
             f"scale must be a power of two, 2 or more, got {scale}")
-    doublings = scale.bit_length() - 1
-    require(len(widths) == doublings + 1 and all(width >= 1 for width in widths),
-            f"widths needs {doublings + 1} positive numbers for scale {scale}, got {widths}")
+    needed = scale.bit_length()
+    require(len(widths) == needed and all(width >= 1 for width in widths),
+            f"widths needs {needed} positive numbers for scale {scale}, got {widths}")
     require(blocks >= 1, f"blocks must be 1 or more, got {blocks}")
 
 
@@ -101,8 +98,7 @@ def to_levels(x: torch.Tensor) -> torch.Tensor:
 
     Raises ValueError for tensors that are not of floating type.
     """
-    require(x.is_floating_point(), f"expected floats in [-1, 1], got {x.dtype}: from_levels makes "
-                                   "them from 8-bit values")
+    require_floats(x)
     return ((x.clamp(-1, 1) + 1) * 127.5).round()
 
 
@@ -137,19 +133,13 @@ def downscale(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
 
 
 def upscale_nearest(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
-    """Repeat every pixel factor x factor times, so that downscale(upscale_nearest(x)) == x.
-
-    (N, C, h, w) -> (N, C, h*f, w*f). Raises ValueError unless x is a batch of float images.
-    """
-    require_images(x)
+    """Repeat every pixel, so that downscale undoes it. (N, C, h, w) -> (N, C, h*f, w*f)."""
     return fn.interpolate(x, scale_factor=factor, mode="nearest")
 
 
 def upscale_bicubic(lr: torch.Tensor, factor: int = 8) -> torch.Tensor:
-    """Table 1's baseline, clamped to [-1, 1]. (N, C, h, w) -> (N, C, h*f, w*f).
-
-    torch's kernel has a = -0.75; other libraries may use -0.5 and give slightly other scores.
-    """
+    """Table 1's baseline, clamped to [-1, 1]. (N, C, h, w) -> (N, C, h*f, w*f)."""
+    # torch's kernel has a = -0.75; others have -0.5 and give slightly other scores.
     return fn.interpolate(lr, scale_factor=factor, mode="bicubic").clamp(-1, 1)
 
 
@@ -221,8 +211,7 @@ class PerceptualLoss(nn.Module):
 def pretrained_features(build, weights, end: int) -> nn.Sequential:
     """The first `end` modules of a torchvision network's `features`, pretrained and frozen.
 
-    Needs: cached_weights. Raises FileNotFoundError without the weights, ValueError for a damaged
-    file, both naming it.
+    Needs: cached_weights. Raises what that raises.
     """
     with torch.device("meta"):  # the shape alone: the rest of the network never takes memory
         features = build().features[:end]
@@ -235,8 +224,7 @@ def pretrained_features(build, weights, end: int) -> nn.Sequential:
 def cached_weights(url: str, names, file: str | None = None) -> dict:
     """The state dict at url, downloaded once to torch.hub's cache (as `file`), with these names.
 
-    Raises FileNotFoundError, naming the file and its place, when it is not to be had, ValueError
-    when the file in the cache is damaged or another.
+    Raises FileNotFoundError when it is not to be had, ValueError when it is damaged or another.
     """
     file = file or url.rsplit("/", 1)[-1]
     place = Path(torch.hub.get_dir()) / "checkpoints" / file
@@ -469,8 +457,8 @@ class DownBlock(nn.Module):
     come from the finer one (C9); two convolutions and average pooling follow. Source: section 3.2.
     Needs: conv3x3, activation. Raises ValueError when picture and features do not fit.
 
-    forward(picture (N, 3, H, W), features (N, in_channels, H, W) or None at the finest resolution)
-    returns (N, out_channels, H/2, W/2).
+    forward(picture (N, 3, H, W), features (N, in_channels, H, W) or None at the finest) returns
+    (N, out_channels, H/2, W/2).
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -625,8 +613,8 @@ def lr_psnr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
 def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Structural similarity on 8-bit RGB. Two (N, C, H, W) in [-1, 1], H, W >= 11 -> (N,) <= 1.
 
-    Wang et al. 2004: 11x11 Gaussian window of sigma 1.5, whole windows only, K = 0.01 and 0.03; the
-    mean over windows and channels. Raises ValueError for different or too small shapes.
+    Wang et al. 2004: 11x11 Gaussian window of sigma 1.5, whole windows only, K = 0.01 and 0.03.
+    The mean over windows and channels. Raises ValueError for different or too small shapes.
     """
     require_same(image, truth, "image and truth")
     require(min(image.shape[-2:]) >= 11, f"SSIM needs sides of 11, got {tuple(image.shape[-2:])}")
@@ -715,8 +703,7 @@ def diversity_score(maps: torch.Tensor) -> torch.Tensor:
 
     maps (K, N, H, W): LPIPS.with_map of K samples against the truth -> (N,) in [0, 100]. 0 when all
     samples are alike. Noise can raise it too: read it beside LPIPS.
-    Source: NTIRE 2021 challenge on learning the super-resolution space.
-    Raises ValueError unless maps has four dimensions.
+    Source: NTIRE 2021. Raises ValueError unless maps has four dimensions.
     """
     require(maps.ndim == 4, f"maps must have shape (K, N, H, W), got {tuple(maps.shape)}")
     best_sample = maps.mean((2, 3)).min(0).values                          # (N,)
@@ -727,8 +714,7 @@ def diversity_score(maps: torch.Tensor) -> torch.Tensor:
 def std_map(samples: torch.Tensor) -> torch.Tensor:
     """Where is the model unsure? Standard deviation over samples, in grey levels 0-255.
 
-    samples (K, N, 3, H, W) in [-1, 1] -> (N, 3, H, W). Divides by K, not K - 1.
-    Raises ValueError unless samples has five dimensions.
+    samples (K, N, 3, H, W) in [-1, 1], else ValueError -> (N, 3, H, W). Divides by K, not K - 1.
     """
     require(samples.ndim == 5, f"samples must be (K, N, 3, H, W), got {tuple(samples.shape)}")
     return to_levels(samples).std(0, correction=0)
@@ -759,7 +745,7 @@ def save_checkpoint(path: str | Path, generator: Generator, **training):
     """Write a generator (pass the running average), its settings and whatever training adds.
 
     `training` holds plain values and state dicts only, so that plain torch.load reads the file.
-    Needs: whole_file. Raises OSError, naming the file, when it cannot be written.
+    Needs: whole_file. Raises OSError when it cannot be written.
     """
     payload = {"hallusr": 3, "settings": generator.settings, "generator": generator.state_dict()}
     with whole_file(path) as temporary:
@@ -790,9 +776,8 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_generator(path: str | Path, device: str = "cpu") -> Generator:
     """The trained G (its running average) of a checkpoint, in eval mode, ready to sample.
 
-    Its attribute `note` says what whoever samples should know, "" for nothing.
-    Raises FileNotFoundError, or ValueError for a file that is damaged, not ours or whose weights
-    do not fit its own settings.
+    Its attribute `note` says what whoever samples should know, "" for nothing. Raises
+    FileNotFoundError, or ValueError for a file that is damaged, not ours or contradicts itself.
     """
     content = load_checkpoint(path)
     wanted, found = set(Generator().settings), set(content["settings"])

@@ -7,7 +7,6 @@
     python sample.py --evaluate FOLDER    Table 1's rows, and a JSON file of them
 
 with the small face model of this repository, or with yours: --checkpoint RUN/last.pt
-
 The faces are invented. They say which pictures fit the small one, never who is in it.
 """
 from __future__ import annotations
@@ -73,8 +72,8 @@ def read_photo(path: str | Path, size: int) -> torch.Tensor:
 class FolderFaces(Dataset):
     """Every image below a folder, centre-cropped and resized: (3, size, size) uint8 each.
 
-    Pictures that a training run has left there, beside its log.csv, are passed over.
-    Raises FileNotFoundError for a missing folder or one without at least two images.
+    Pictures of a training run, beside its log.csv, are passed over. Raises FileNotFoundError for a
+    missing folder or one without at least two images.
     """
 
     def __init__(self, folder: str | Path, size: int):
@@ -145,18 +144,16 @@ def evaluate_batch(generator, hr, lr, z, lpips=None) -> dict:
 
 def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -> tuple:
     """One image per face: {"psnr", "ssim", "lr_psnr"[, "lpips"]: (N,)} and LPIPS's map, or None."""
-    values = {"psnr": psnr(image, hr), "ssim": ssim(image, hr), "lr_psnr": lr_psnr(image, lr)}
-    if lpips is None:
-        return values, None
-    values["lpips"], distance_map = lpips.with_map(image, hr)
-    return values, distance_map
+    values, lpips_map = {"psnr": psnr(image, hr), "ssim": ssim(image, hr)}, None
+    values["lr_psnr"] = lr_psnr(image, lr)
+    if lpips is not None:
+        values["lpips"], lpips_map = lpips.with_map(image, hr)
+    return values, lpips_map
 
 
 def mean_decibel(db: torch.Tensor) -> torch.Tensor:
-    """Mean over the first dimension of the errors behind dB values, in dB.
-
-    A mean of dB would be infinite as soon as one image is exact; this one is never larger.
-    """
+    """Mean over the first dimension of the errors behind dB values, in dB."""
+    # A mean of dB would be infinite as soon as one image is exact; this one is never larger.
     return -10 * torch.log10((10 ** (-db / 10)).mean(0))
 
 
@@ -177,9 +174,9 @@ def evaluate_folder(generator, arguments):
     rows = summarize(evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device),
                               arguments.seed, arguments.temperature))
     side, small = hr.shape[-1], hr.shape[-1] // generator.scale
-    print(f"n = {len(hr)} faces of {side}x{side}, LR {small}x{small}, "
-          f"{arguments.samples} samples, seed {arguments.seed}, "
-          f"temperature {arguments.temperature:g}, project {arguments.project}")
+    print(f"n = {len(hr)} faces of {side}x{side}, LR {small}x{small}, {arguments.samples} samples, "
+          f"seed {arguments.seed}, temperature {arguments.temperature:g}, project "
+          f"{arguments.project}")
     print(f"{'':14}" + "".join(f"{name:>11}" for name in rows["hallucination"]))
     for name, row in rows.items():
         print(f"{name:14}" + "".join(f"{value:11.3f}" for value in row.values()))
@@ -228,10 +225,7 @@ def write_image(image: torch.Tensor, path: Path):
 
 
 class Projected(torch.nn.Module):
-    """A generator whose finest image is shifted, block by block, to shrink to LR.
-
-    Exactly, until values beyond [-1, 1] are cut off and the rest rounded to 8 bits.
-    """
+    """A generator whose finest image is shifted, block by block, until it shrinks to LR."""
 
     def __init__(self, generator):
         super().__init__()
@@ -261,8 +255,7 @@ def write_samples(generator, path: str, arguments):
     """All files of one input, in a folder of its name."""
     lr, hr = (x if x is None else x.to(arguments.device)
               for x in low_resolution(path, generator, arguments.lr))
-    size = generator.settings["size"]
-    made = "as it is" if arguments.lr else f"from its centre square, resized to {size}"
+    made = "as it is" if hr is None else f"from its centre square, resized to {hr.shape[-1]}"
     print(f"{path}: LR of {lr.shape[-1]}x{lr.shape[-2]} pixels, {made}")
     rng = torch.Generator().manual_seed(arguments.seed)
 
@@ -291,10 +284,8 @@ def write_samples(generator, path: str, arguments):
 
 
 def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
-    """A GIF along a closed path in z: around the circle that two noise vectors a and b span.
-
-    On that circle every point is as likely as any other; a straight line would pass near z = 0.
-    """
+    """A GIF along a closed path in z: around the circle that two noise vectors a and b span."""
+    # On it every point is as likely as any other; a straight line would pass near z = 0.
     angles = torch.arange(frames, device=lr.device).view(-1, 1, 1, 1) * 2 * math.pi / frames
     images = sample(generator, lr.expand(frames, -1, -1, -1), angles.cos() * a + angles.sin() * b)
     shown = to_levels(upscale_nearest(images, 3)).to(torch.uint8).cpu()
@@ -327,7 +318,7 @@ def parse_arguments(words=None):
     parser.add_argument("--out", default="samples", help="folder for results (default: samples)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     found = parser.parse_args(words)
-    if not found.photos and not found.evaluate and not found.lr:
+    if not (found.photos or found.evaluate or found.lr):
         found.photos = [str(assets / "astronaut.png")]
     names = [Path(path).stem for path in found.photos]
     require(len(set(names)) == len(names), f"two photos have one name, and so one folder: {names}")
