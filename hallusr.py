@@ -43,7 +43,6 @@ and check... only raise clear errors: take them along, or delete the lines that 
 from __future__ import annotations
 
 import os
-import pickle
 from contextlib import contextmanager
 from pathlib import Path
 

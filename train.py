@@ -673,7 +673,8 @@ def prepare(arguments) -> tuple[Config, dict | None]:
                 f"{path} is of another version: go on with the one that made it")
         config, run = Config(**content["config"]), content["run"]
         last = Path(arguments.out or Path(path).parent) / "last.pt"
-        latest = load_checkpoint(last)["step"] if last.is_file() else 0
+        other = last.is_file() and not last.samefile(path)
+        latest = load_checkpoint(last)["step"] if other else 0
         require(content["step"] >= latest, f"{path} is of step {content['step']}, and {last} of "
                                            f"{latest} would be overwritten: name another --out")
     for name, value in run.items():
@@ -686,8 +687,8 @@ def prepare(arguments) -> tuple[Config, dict | None]:
         config = replace(config, **SKETCHES)
     flags = {name: vars(arguments)[name] for name in asdict(config) if name in arguments}
     config = replace(config, **flags)
-    require(not content or content["step"] < config.steps, f"{path} has its {config.steps} steps "
-                                                           "already: ask for more with --steps")
+    done = content["step"] if content else 0
+    require(done < config.steps, f"{path} has its {done} steps already: ask for more with --steps")
     arguments.device = find_device(arguments.device)
     if arguments.amp is None:
         arguments.amp = has_bfloat16(arguments.device)
