@@ -5,16 +5,8 @@ An independent implementation of the method of
     Mohamed Abid, Ihsen Hedhli, Christian Gagné,
     "A generative model for hallucinating diverse versions of super resolution images".
 
-Section, equation and figure numbers are that paper's, and the sections stand in its order:
-
-    image space    8-bit levels, the down-scaling DS, enlargement
-    2.1            reconstruction: the gradient image (3)-(5), the losses (6) and (7)
-    2.2            hallucination: z, the diversity loss (8), the constraint (9)
-    2.3            the adversarial pair, R1, the objectives (10) and (11)
-    3.1            conditioning: the excess F of (12)
-    3.2            the blocks, the generator, the discriminators
-    4.2            the metrics of Table 1, and those of diversity
-    files          saving and loading a generator
+Section, equation and figure numbers are that paper's, and the sections stand in its order: image
+space; 2.1 (3)-(7); 2.2 (8), (9); 2.3 (10), (11); 3.1 (12); 3.2 the networks; 4.2 metrics; files.
 
 Notation (N images; h x w is the small size, H x W = scale * h x scale * w the large one; K is the
 number of samples, C a number of channels, C0 = widths[0] the one at LR size)
@@ -34,14 +26,12 @@ number of samples, C a number of channels, C0 = widths[0] the one at LR size)
     r           2 / 255         one grey level    the distance of two 8-bit levels in [-1, 1]
 
 What G makes and D judges are lists over resolutions, from coarse (2h x 2w) to fine. Where the code
-is not the print, the line says so: S1-S7 correct slips, C1-C22 fill silences, D1-D11 are
+is not the print, the line says so: S1-S7 correct slips, C1-C23 fill silences, D1-D11 are
 deviations, each a setting that `--preset paper` leaves off. The README lists them all.
 
-Copying: "Needs" in a docstring lists the names that belong to a piece. Functions called require...
-and check... only raise clear errors: take them along, or delete the lines that call them.
+Copying: "Needs" in a docstring lists the names that belong to a piece; what is called require... or
+check... only raises clear errors, and can be left out.
 """
-from __future__ import annotations
-
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +42,6 @@ import torch.nn.functional as fn  # not F, which is the paper's excess
 from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
 
 # ---- Clear errors for wrong arguments -----------------------------------------------------------
-
 
 def require(condition: bool, message: str):
     """Raise ValueError(message) unless the condition holds."""
@@ -75,8 +64,8 @@ def require_images(x: torch.Tensor, name: str = "image", channels: int | None = 
 
 def require_same(a: torch.Tensor, b: torch.Tensor, names: str):
     """Raise ValueError unless both tensors have one shape: broadcasting would hide a mistake."""
-    found = f"{tuple(a.shape)} and {tuple(b.shape)}"
-    require(a.shape == b.shape, f"{names} must have one shape, got {found}")
+    require(a.shape == b.shape,
+            f"{names} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def check_architecture(widths: tuple, scale: int, blocks: int):
@@ -91,12 +80,8 @@ def check_architecture(widths: tuple, scale: int, blocks: int):
 
 # ---- Image space: levels, DS, enlargement -------------------------------------------------------
 
-
 def to_levels(x: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] to the 8-bit values 0, 1, ..., 255, as floats; beyond is clamped. Any shape.
-
-    Raises ValueError for tensors that are not of floating type.
-    """
+    """Floats in [-1, 1] (else ValueError) to the 8-bit values 0, 1, ..., 255, as floats."""
     require_floats(x)
     return ((x.clamp(-1, 1) + 1) * 127.5).round()
 
@@ -155,12 +140,10 @@ def scale_between(image: torch.Tensor, lr: torch.Tensor) -> int:
 
 # ---- 2.1 Image reconstruction -------------------------------------------------------------------
 
-
 def image_gradient(x: torch.Tensor) -> torch.Tensor:
     """Length of the gradient at every pixel, per channel: edges bright, flat areas near 0.
 
-    (N, C, H, W) in [-1, 1] -> (N, C, H, W) in [0.001, 2 sqrt 2]. Source: (3)-(5). Needs: nothing.
-    Raises ValueError unless x is of floating type and has four dimensions.
+    (N, C, H, W) in [-1, 1], else ValueError -> (N, C, H, W) in [0.001, 2 sqrt 2]. Source: (3)-(5).
     """
     require_images(x)
     # C6: the border is repeated, as zeros would draw a frame around every image. 1e-6 stands under
@@ -178,7 +161,8 @@ VGG_LAYERS = {"relu1_2": 4, "relu2_2": 9, "relu3_3": 16, "relu4_3": 23}
 class PerceptualLoss(nn.Module):
     """L_percp of (6): mean absolute difference of VGG-16 features.
 
-    forward(sr (N, 3, H, W), hr (N, 3, H, W)), both around [-1, 1], returns a scalar >= 0.
+    forward(sr (N, 3, H, W), hr (N, 3, H, W)), both around [-1, 1], returns a scalar >= 0;
+    embed(x) gives the features alone, (N, C, H', W').
     `layer` names phi_i, which the paper leaves open (C16); relu2_2 is what (6)'s source, Johnson et
     al., use for super-resolution. Only the layers up to it are kept, frozen. Weights: torchvision's
     VGG16 IMAGENET1K_V1, from torch.hub's cache or the internet.
@@ -195,12 +179,15 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("mean", (mean * 2 - 1).view(1, 3, 1, 1))
         self.register_buffer("std", (std * 2).view(1, 3, 1, 1))
 
+    def embed(self, x):
+        require_images(x, channels=3)
+        return self.features((x - self.mean) / self.std)
+
     def forward(self, sr, hr):
         require_same(sr, hr, "sr and hr")
-        require_images(hr, "hr", channels=3)
-        phi_sr = self.features((sr - self.mean) / self.std)                # (N, C, H', W')
+        phi_sr = self.embed(sr)                                            # (N, C, H', W')
         with torch.no_grad():
-            phi_hr = self.features((hr - self.mean) / self.std)            # (N, C, H', W')
+            phi_hr = self.embed(hr)                                        # (N, C, H', W')
         # S6: "Euclidean" in the sentence, norm 1 in the formula; the formula holds. C2: a mean, so
         # that weights hold for any size. As a sum it would be 131,072 times larger at relu2_2 of
         # 64x64 pixels, and with gamma = 10 L_adv could be left out.
@@ -208,10 +195,7 @@ class PerceptualLoss(nn.Module):
 
 
 def pretrained_features(build, weights, end: int) -> nn.Sequential:
-    """The first `end` modules of a torchvision network's `features`, pretrained and frozen.
-
-    Needs: cached_weights. Raises what that raises.
-    """
+    """The first `end` modules of a network's `features`, frozen. Needs: cached_weights."""
     with torch.device("meta"):  # the shape alone: the rest of the network never takes memory
         features = build().features[:end]
     wanted = {name: "features." + name for name in features.state_dict()}
@@ -247,12 +231,11 @@ def gradient_loss(g_sr: torch.Tensor, g_hr: torch.Tensor) -> torch.Tensor:
 
 # ---- 2.2 Image hallucination --------------------------------------------------------------------
 
-
 def draw_z(shape: tuple, z_shared: float, rng: torch.Generator) -> torch.Tensor:
     """Noise for G: z(x) = s v + sqrt(1 - s^2) u(x), with v for all LR pixels and u for each one.
 
     shape (..., z_dim, h, w), s = z_shared in [0, 1] -> that shape, N(0, I) at every pixel x for any
-    s, from the generator rng. s = 1 is the paper's one vector of z_dim numbers; s = 0 a map in
+    s, from the generator rng. s = 1 is the paper's one vector of z_dim numbers (S7); s = 0 a map in
     which one eye may change without the other (D1). Raises ValueError for another s.
     """
     require(0 <= z_shared <= 1, f"z_shared must be in [0, 1], got {z_shared}")
@@ -263,8 +246,7 @@ def draw_z(shape: tuple, z_shared: float, rng: torch.Generator) -> torch.Tensor:
     return z_shared * v + (1 - z_shared ** 2) ** 0.5 * u
 
 
-def diversity_loss(g1: torch.Tensor, g2: torch.Tensor, z1: torch.Tensor, z2: torch.Tensor,
-                   tau: float = 1.0) -> torch.Tensor:
+def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
     """L_z of (8), to be *maximised*: how far the gradient images move per step in z, at most tau.
 
     g1, g2 (N, C, H, W) are G's gradients at z1, z2, (N, ...) both, for the same LR -> scalar in
@@ -274,7 +256,7 @@ def diversity_loss(g1: torch.Tensor, g2: torch.Tensor, z1: torch.Tensor, z2: tor
     require(tau > 0, f"tau must be positive, got {tau}")
     require_same(g1, g2, "g1 and g2")
     require_same(z1, z2, "z1 and z2")
-    require(len(g1) == len(z1), f"expected one z for each g, got {len(z1)} and {len(g1)}")
+    require(len(g1) == len(z1), f"expected a z for each g, got {len(z1)} and {len(g1)}")
     # C3: both distances are mean absolute differences, as in the diversity-sensitive GAN that (8)
     # comes from. So 0.14 is what two different people are apart: tau = 1 never binds.
     moved = (g1 - g2).abs().mean((1, 2, 3))                                # (N,)
@@ -296,12 +278,11 @@ def project_onto_lr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
 
 # ---- 2.3 Overall objective ----------------------------------------------------------------------
 
-
 def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
     """What D_I and D_g minimise: -log D(real) - log(1 - D(fake)), D = sigmoid(logits).
 
-    Any two shapes (real and fake may differ in number) -> scalar >= 0; 2 log 2 = 1.386 when D can
-    not tell. softplus(-l) is -log sigmoid(l), without overflow for any logit.
+    Any two shapes (real and fake may differ in number), means over each (C23) -> scalar >= 0;
+    2 log 2 = 1.386 when D can not tell. softplus(-l) is -log sigmoid(l), without overflow for any logit.
     """
     # S1: printed is one formula for both players, -log(1 - D(real)) - log D(fake), which is right
     # for G; a D that minimised it would learn to call real images fake.
@@ -342,7 +323,6 @@ def hallucination_loss(adv_g, adv_i, l_z, alpha: float = 1.0):
 
 # ---- 3.1 Conditioning ---------------------------------------------------------------------------
 
-
 def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 0.1) -> torch.Tensor:
     """F of (12): by how many grey levels the shrunken image misses LR, beyond eps.
 
@@ -360,7 +340,6 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 0.1) -> torch.Ten
 
 
 # ---- 3.2 Architecture: blocks -------------------------------------------------------------------
-
 
 def activation(x: torch.Tensor) -> torch.Tensor:
     """Leaky ReLU with leak 0.2, in both networks (section 4.1)."""
@@ -382,8 +361,7 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 def near_zero(conv: nn.Conv2d) -> nn.Conv2d:
     """Start a layer at a tenth of its weights, bias 0: what it is added to dominates at first."""
     nn.init.zeros_(conv.bias)
-    with torch.no_grad():
-        conv.weight.mul_(0.1)
+    conv.weight.data.mul_(0.1)
     return conv
 
 
@@ -405,10 +383,7 @@ class ResidualBlock(nn.Module):
 
 
 def output_head(channels: int) -> nn.Sequential:
-    """One domain's own layers in an UpBlock: a convolution block and the projection to 3 channels.
-
-    Fig. 3's "two domain-specific convolution" are read as one for each of the two domains (C8).
-    """
+    """One domain's own convolution in an UpBlock (C8), and its projection to 3 channels."""
     return nn.Sequential(conv3x3(channels, channels), nn.LeakyReLU(0.2),
                          near_zero(nn.Conv2d(channels, 3, 1)))
 
@@ -421,7 +396,6 @@ class UpBlock(nn.Module):
     picture of the resolution below) keeps the low frequencies, so that a block adds detail only.
     Another output needs a line in `skip` here and a start in Generator.forward.
     Source: Fig. 3. Needs: output_head, conv3x3, near_zero, activation.
-
     forward(features (N, in_channels, H, W), pictures {"image" and, with the branch, "gradient":
     (N, 3, H, W)}) returns the same two at 2H x 2W, features with out_channels.
     """
@@ -438,15 +412,11 @@ class UpBlock(nn.Module):
         # Nearest, then a convolution: a transposed convolution leaves checkerboards (C7).
         features = fn.interpolate(features, scale_factor=2, mode="nearest")  # (N, in,  2H, 2W)
         features = activation(self.shared(features))                         # (N, out, 2H, 2W)
-        larger = {domain: factor * self.enlarge(pictures[domain])
+        # Bilinear: G starts as smooth enlargement and has no squares to unlearn (C7).
+        larger = {domain: factor * fn.interpolate(pictures[domain], scale_factor=2, mode="bilinear")
                   for domain, factor in self.skip.items()}                   # (N, 3,   2H, 2W) each
         return features, {domain: larger[domain] + head(features)
                           for domain, head in self.heads.items()}            # (N, 3,   2H, 2W) each
-
-    @staticmethod
-    def enlarge(x):
-        """The skip. Bilinear: G starts as smooth enlargement and has no blocks to unlearn (C7)."""
-        return fn.interpolate(x, scale_factor=2, mode="bilinear")
 
 
 class DownBlock(nn.Module):
@@ -455,7 +425,6 @@ class DownBlock(nn.Module):
     A 1x1 convolution lifts the picture of this resolution to features and adds them to those that
     come from the finer one (C9); two convolutions and average pooling follow. Source: section 3.2.
     Needs: conv3x3, activation. Raises ValueError when picture and features do not fit.
-
     forward(picture (N, 3, H, W), features (N, in_channels, H, W) or None at the finest) returns
     (N, out_channels, H/2, W/2).
     """
@@ -477,7 +446,6 @@ class DownBlock(nn.Module):
 
 
 # ---- 3.2 Architecture: generator and discriminators ---------------------------------------------
-
 
 class Generator(nn.Module):
     """G of (1) and (2): LR and z to the image and its gradient, at every resolution.
@@ -505,8 +473,8 @@ class Generator(nn.Module):
                              hard_consistency=hard_consistency, gradient_branch=gradient_branch)
         self.z_dim, self.scale, self.hard_consistency = z_dim, scale, hard_consistency
         self.head = conv3x3(3 + z_dim, widths[0])
-        with torch.no_grad():  # C4: z must not drown LR's three channels; with equal weights it did
-            self.head.weight[:, 3:] *= 0.1
+        # C4: z must not drown LR's three channels; with equal weights it did.
+        self.head.weight.data[:, 3:] *= 0.1
         self.trunk = nn.Sequential(*(ResidualBlock(widths[0]) for _ in range(blocks)))
         self.up_blocks = nn.ModuleList(UpBlock(*pair, gradient_branch)
                                        for pair in zip(widths, widths[1:]))
@@ -578,17 +546,15 @@ class Discriminator(nn.Module):
             require_images(picture, "picture", channels=3)
             features = block(picture, features)                            # (N, C, H/2, W/2)
         features = self.trunk(features)                                    # (N, C0, h, w)
+        excess = features[:, :0] if excess is None else excess             # (N, 0 or 3, h, w)
         expected = (len(features), self.excess_channels, *features.shape[-2:])
-        found = None if excess is None else tuple(excess.shape)
-        require(found == (expected if self.excess_channels else None),
-                f"excess must have shape {expected} (none at all for 0 channels), got {found}")
-        if self.excess_channels:
-            features = torch.cat([features, excess], 1)                    # (N, C0 + 3, h, w)
+        require(excess.shape == expected,
+                f"excess must have shape {expected}, got {tuple(excess.shape)}")
+        features = torch.cat([features, excess], 1)                        # (N, C0 (+ 3), h, w)
         return self.to_logits(self.last_block(features))                   # (N, 1, h, w)
 
 
 # ---- 4.2 Metrics: all on 8-bit images, one value per image --------------------------------------
-
 
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB on 8-bit RGB. Two (N, C, H, W) in [-1, 1] -> (N,).
@@ -607,6 +573,11 @@ def lr_psnr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
     45 dB. Infinite where exact. Raises ValueError unless the sizes are multiples.
     """
     return psnr(downscale(quantize(image), scale_between(image, lr)), lr)
+
+
+def mean_decibel(db: torch.Tensor) -> torch.Tensor:
+    """Mean over the first dimension of the errors behind dB values, in dB: finite if any is."""
+    return -10 * torch.log10((10 ** (-db / 10)).mean(0))
 
 
 def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -660,13 +631,6 @@ class LPIPS(nn.Module):
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
 
-    @classmethod
-    def at_hand(cls) -> bool:
-        """Are both weight files in torch.hub's cache, so that nothing has to be downloaded?"""
-        place = Path(torch.hub.get_dir()) / "checkpoints"
-        alexnet_file = AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
-        return (place / alexnet_file).is_file() and (place / cls.FILE).is_file()
-
     def unit_features(self, x):
         """Features after each of the five ReLUs, every pixel's channel vector made length 1."""
         x = (x - self.mean) / self.std
@@ -677,24 +641,60 @@ class LPIPS(nn.Module):
                 found.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return found
 
-    def layer_maps(self, a, b):
-        """Weighted squared difference at each of the five layers: (N, 1, H_l, W_l)."""
-        require_same(a, b, "a and b")
-        require_images(a, "a", channels=3)
-        require_images(b, "b", channels=3)
-        require(min(a.shape[-2:]) >= 31, f"AlexNet needs sides of 31, got {tuple(a.shape[-2:])}")
-        pairs = zip(self.unit_features(a), self.unit_features(b))
-        return [fn.conv2d((x - y).square(), getattr(self, f"weight{i}"))
-                for i, (x, y) in enumerate(pairs)]
-
     def forward(self, a, b):
         return self.with_map(a, b)[0]                                      # (N,)
 
     def with_map(self, a, b):
-        layers = self.layer_maps(a, b)
-        enlarged = [fn.interpolate(layer, size=a.shape[-2:], mode="bilinear") for layer in layers]
-        distance = sum(layer.mean((1, 2, 3)) for layer in layers)
-        return distance, sum(enlarged)[:, 0]                               # (N,), (N, H, W)
+        require_same(a, b, "a and b")
+        require_images(a, "a", channels=3)
+        require_images(b, "b", channels=3)
+        require(min(a.shape[-2:]) >= 31, f"AlexNet needs sides of 31, got {tuple(a.shape[-2:])}")
+        distance = maps = 0.0
+        for i, (x, y) in enumerate(zip(self.unit_features(a), self.unit_features(b))):
+            layer = fn.conv2d((x - y).square(), getattr(self, f"weight{i}"))
+            distance = distance + layer.mean((1, 2, 3))
+            maps = maps + fn.interpolate(layer, size=a.shape[-2:], mode="bilinear")[:, 0]
+        return distance, maps                                              # (N,), (N, H, W)
+
+
+def frechet_distance(mean_a, cov_a, mean_b, cov_b) -> torch.Tensor:
+    """|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)), squared distance of two Gaussians.
+
+    Means (..., d) and covariances A, B (..., d, d), in double -> (...), >= 0 up to rounding.
+    Source: Dowson and Landau 1982; between features of images, Heusel et al. 2017.
+    """
+    # A B is not symmetric, but A^(1/2) B A^(1/2) has the same eigenvalues: real, and none below 0.
+    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()
+    traces = (cov_a + cov_b).diagonal(dim1=-2, dim2=-1)
+    return (mean_a - mean_b).square().sum(-1) + traces.sum(-1) - 2 * roots.sum(-1)
+
+
+class Realism(nn.Module):
+    """Does this look like a photograph? 0 for the same photographs, a few hundred for a blur.
+
+    forward(images (N, 3, H, W)) -> scalar: Fréchet distance of VGG-16 features (relu3_3) to those
+    of `photographs` (M, 3, H, W), in each of 4x4 regions, then the mean; [-1, 1], sides of 16 or
+    more. A region holds an eye: one that is torn shows here, and hardly in PSNR or LPIPS. Few
+    images score worse than many: compare equal N, equal M, and aligned faces.
+    Needs: PerceptualLoss, frechet_distance, quantize. Raises ValueError for less than 2 images.
+    """
+
+    def __init__(self, photographs: torch.Tensor):
+        super().__init__()
+        self.phi = PerceptualLoss("relu3_3").to(photographs.device)
+        self.known = self.gaussians(photographs)
+
+    def forward(self, images):
+        return frechet_distance(*self.gaussians(images), *self.known).mean()
+
+    @torch.no_grad()
+    def gaussians(self, images):
+        """One for each region, over all images and positions: means (16, C), covariances."""
+        require(len(images) >= 2, f"realism needs 2 images or more, got {len(images)}")
+        maps = torch.cat([self.phi.embed(quantize(part)) for part in images.split(50)])
+        cells = [cell for rows in maps.tensor_split(4, 2) for cell in rows.tensor_split(4, 3)]
+        points = [cell.movedim(1, 3).flatten(0, 2).double().cpu() for cell in cells]  # (N h' w', C)
+        return torch.stack([x.mean(0) for x in points]), torch.stack([x.T.cov() for x in points])
 
 
 def diversity_score(maps: torch.Tensor) -> torch.Tensor:
@@ -721,7 +721,6 @@ def std_map(samples: torch.Tensor) -> torch.Tensor:
 
 # ---- Files: saving and loading a generator ------------------------------------------------------
 
-
 @contextmanager
 def whole_file(path: str | Path):
     """A name to write to that becomes `path` when the block ends well: there is never half a file.
@@ -734,8 +733,7 @@ def whole_file(path: str | Path):
         yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        first_line = str(error).partition("\n")[0]
-        raise OSError(f"could not write {path}: {first_line}") from error
+        raise OSError(f"could not write {path}: {error}".partition("\n")[0]) from error
     finally:
         temporary.unlink(missing_ok=True)
 

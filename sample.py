@@ -5,12 +5,10 @@
     python sample.py SMALL... --lr        the images are low-resolution already
     python sample.py PHOTO --walk         and a GIF along a closed path in z
     python sample.py --evaluate FOLDER    Table 1's rows, and a JSON file of them
+    python sample.py ... --checkpoint RUN/last.pt    your own model, not this repository's
 
-with the small face model of this repository, or with yours: --checkpoint RUN/last.pt
 The faces are invented. They say which pictures fit the small one, never who is in it.
 """
-from __future__ import annotations
-
 import signal
 
 if __name__ == "__main__":  # from the first import on, Ctrl-C just ends the program
@@ -30,19 +28,17 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
-from hallusr import (LPIPS, diversity_score, downscale, draw_z, from_levels, image_gradient,
-                     load_generator, lr_psnr, project_onto_lr, psnr, quantize, require,
-                     sample, ssim, std_map, to_levels, upscale_bicubic, upscale_nearest,
-                     whole_file)
+from hallusr import (LPIPS, Realism, diversity_score, downscale, draw_z, from_levels,
+                     image_gradient, load_generator, lr_psnr, mean_decibel, project_onto_lr, psnr,
+                     quantize, require, sample, ssim, std_map, to_levels, upscale_bicubic,
+                     upscale_nearest, whole_file)
 
 # ---- Photos -------------------------------------------------------------------------------------
-
 
 def read_image(path: str | Path) -> torch.Tensor:
     """Any image file, upright, as uint8 RGB (3, H, W); 16-bit grey is rescaled to 8 bits.
 
-    Raises ValueError, naming the file, when it can not be read, or has 32-bit or float values,
-    whose range nothing tells.
+    Raises ValueError, naming it, when it can not be read, or has 32-bit values, of unknown range.
     """
     try:
         with Image.open(path) as image:
@@ -108,38 +104,49 @@ def stack(dataset: Dataset, most: int | None = None) -> torch.Tensor:
 
 # ---- Scores -------------------------------------------------------------------------------------
 
+def spread_out(photos, most: int):
+    """At most so many, evenly spaced: neighbours in a folder are often of one kind."""
+    return photos[::max(1, len(photos) // most)][:most]
+
 
 @torch.no_grad()
 def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips: LPIPS | None = None,
-             seed: int = 0, temperature: float = 1.0) -> dict:
+             realism: Realism | None = None, seed: int = 0, temperature: float = 1.0) -> dict:
     """Table 1's rows for these images: {"bicubic" | "SR" | "hallucination": {metric: (N,)}}.
 
     hr (N, 3, H, W) in [-1, 1]; LR is made from it. Metrics: psnr, ssim, lr_psnr and, with `lpips`,
     lpips; a hallucination's are means over its samples, and it has pixel_std and, with `lpips`,
-    diversity. seed decides z and nothing else. Raises ValueError without a sample.
+    diversity. `realism` gives one number for all N images, of hallucinations the first of each.
+    seed decides z and nothing else. Raises ValueError without a sample.
     """
     require(samples >= 1, f"samples must be 1 or more, got {samples}")
     lr, rng = quantize(downscale(hr, generator.scale)), torch.Generator().manual_seed(seed)
     shape = (samples, len(lr), generator.z_dim, *lr.shape[-2:])
     z = temperature * draw_z(shape, generator.settings["z_shared"], rng).to(hr.device)
-    parts = [evaluate_batch(generator, *part, lpips)
-             for part in zip(hr.split(50), lr.split(50), z.split(50, 1))]  # 50 fit any memory
-    return {row: {name: torch.cat([part[row][name] for part in parts]) for name in metrics}
-            for row, metrics in parts[0].items()}
+    scores, images = zip(*[evaluate_batch(generator, *part, lpips)  # 50 fit any memory
+                           for part in zip(hr.split(50), lr.split(50), z.split(50, 1))])
+    rows = {row: {name: torch.cat([part[row][name] for part in scores]) for name in metrics}
+            for row, metrics in scores[0].items()}
+    if realism is not None:
+        for row in rows:
+            rows[row]["realism"] = realism(torch.cat([part[row] for part in images]))
+    return rows
 
 
-def evaluate_batch(generator, hr, lr, z, lpips=None) -> dict:
-    """`evaluate` for images that fit memory at once, with z (K, N, z_dim, h, w)."""
-    bicubic, _ = score(quantize(upscale_bicubic(lr, generator.scale)), hr, lr, lpips)
-    sr, _ = score(sample(generator, lr, torch.zeros_like(z[0])), hr, lr, lpips)
+def evaluate_batch(generator, hr, lr, z, lpips=None) -> tuple[dict, dict]:
+    """`evaluate` for images that fit memory at once, z (K, N, z_dim, h, w): scores and images."""
     hallucinations = torch.stack([sample(generator, lr, latent) for latent in z])
+    images = {"bicubic": quantize(upscale_bicubic(lr, generator.scale)),
+              "SR": sample(generator, lr, torch.zeros_like(z[0])),
+              "hallucination": hallucinations[0]}
+    rows = {name: score(images[name], hr, lr, lpips)[0] for name in ("bicubic", "SR")}
     scores, maps = zip(*[score(image, hr, lr, lpips) for image in hallucinations])
-    mean = {name: torch.stack([row[name] for row in scores]).mean(0) for name in sr}
+    mean = {name: torch.stack([row[name] for row in scores]).mean(0) for name in scores[0]}
     mean["lr_psnr"] = mean_decibel(torch.stack([row["lr_psnr"] for row in scores]))
     mean["pixel_std"] = std_map(hallucinations).mean((1, 2, 3))
     if lpips is not None:
         mean["diversity"] = diversity_score(torch.stack(maps))
-    return {"bicubic": bicubic, "SR": sr, "hallucination": mean}
+    return rows | {"hallucination": mean}, images
 
 
 def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -> tuple:
@@ -151,18 +158,11 @@ def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -
     return values, lpips_map
 
 
-def mean_decibel(db: torch.Tensor) -> torch.Tensor:
-    """Mean over the first dimension of the errors behind dB values, in dB."""
-    # A mean of dB would be infinite as soon as one image is exact; this one is never larger.
-    return -10 * torch.log10((10 ** (-db / 10)).mean(0))
-
-
 def summarize(rows: dict) -> dict:
-    """Means of `evaluate` over images, as plain numbers; lr_psnr by mean_decibel."""
-    def mean(name, values):
-        return (mean_decibel(values) if name == "lr_psnr" else values.mean()).item()
-    return {row: {name: mean(name, values) for name, values in metrics.items()}
-            for row, metrics in rows.items()}
+    """Means of `evaluate` over images, as plain numbers."""
+    means = {"lr_psnr": mean_decibel}  # all others: torch.mean
+    return {row: {name: means.get(name, torch.mean)(values).item()
+                  for name, values in metrics.items()} for row, metrics in rows.items()}
 
 
 def evaluate_folder(generator, arguments):
@@ -171,16 +171,21 @@ def evaluate_folder(generator, arguments):
     faces.paths = faces.paths[arguments.slice]
     require(len(faces) > 0, "--slice leaves none of the folder's photos")
     hr = from_levels(stack(faces)).to(arguments.device)
-    rows = summarize(evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device),
-                              arguments.seed, arguments.temperature))
-    side, small = hr.shape[-1], hr.shape[-1] // generator.scale
-    print(f"n = {len(hr)} faces of {side}x{side}, LR {small}x{small}, {arguments.samples} samples, "
-          f"seed {arguments.seed}, temperature {arguments.temperature:g}, project "
-          f"{arguments.project}")
-    print(f"{'':14}" + "".join(f"{name:>11}" for name in rows["hallucination"]))
+    realism, lpips, side = None, LPIPS().to(arguments.device), hr.shape[-1]
+    if arguments.others:
+        others = FolderFaces(arguments.others, side)
+        others.paths = spread_out(others.paths, len(hr))
+        realism = Realism(from_levels(stack(others)).to(arguments.device))
+        print(f"realism: against {len(others)} photos of {arguments.others}")
+    rows = summarize(evaluate(generator, hr, arguments.samples, lpips, realism, arguments.seed,
+                              arguments.temperature))
+    print(f"n = {len(hr)} faces of {side}x{side}, {arguments.samples} samples, seed "
+          f"{arguments.seed}, temperature {arguments.temperature:g}, project {arguments.project}")
+    print(" " * 14 + "".join(f"{name:>11}" for name in rows["hallucination"]))
     for name, row in rows.items():
-        print(f"{name:14}" + "".join(f"{value:11.3f}" for value in row.values()))
-    path = Path(arguments.out) / "evaluate.json"
+        cells = [f"{row[key]:.3f}" if key in row else "" for key in rows["hallucination"]]
+        print(f"{name:14}" + "".join(f"{cell:>11}" for cell in cells))
+    path = Path(arguments.out, "evaluate.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {row: {name: value if math.isfinite(value) else None for name, value in values.items()}
              for row, values in rows.items()}  # JSON has no infinity
@@ -192,7 +197,6 @@ def evaluate_folder(generator, arguments):
 
 # ---- Pictures -----------------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def contact_sheet(generator, lr: torch.Tensor, z: torch.Tensor,
                   hr: torch.Tensor | None = None) -> torch.Tensor:
@@ -200,8 +204,7 @@ def contact_sheet(generator, lr: torch.Tensor, z: torch.Tensor,
 
     lr (N, 3, h, w), z (K, z_dim, h, w), the same for every face, hr (N, 3, H, W) where it is known.
     Columns: LR, bicubic, SR, K hallucinations, their standard deviation (white: 64 grey levels),
-    HR. The gradients of SR and hallucinations are G's own (without the branch, their images'),
-    white is 1. Returns (3, height, width) in [0, 1].
+    HR; gradients are G's own, or without the branch the images'. (3, height, width) in [0, 1].
     """
     latents = [torch.zeros_like(z[0]), *z]
     outputs = [generator(lr, latent.expand(len(lr), -1, -1, -1)) for latent in latents]
@@ -239,22 +242,21 @@ class Projected(torch.nn.Module):
         return made | {"image": [*made["image"][:-1], finest]}
 
 
-def low_resolution(path: str, generator, is_lr: bool) -> tuple:
+def low_resolution(path: str, generator, is_lr: bool, device: str) -> tuple:
     """The LR image of a file, (1, 3, h, w) in [-1, 1], and HR where the file was a photo."""
     size = generator.settings["size"]
     if is_lr:
-        lr = from_levels(read_image(path))[None]
+        lr = from_levels(read_image(path))[None].to(device)
         require(max(lr.shape[-2:]) <= size, f"{path} is {lr.shape[-1]}x{lr.shape[-2]} pixels"
                 f", LR has {size} at most: a photo goes without --lr")
         return lr, None
-    hr = from_levels(read_photo(path, size))[None]
+    hr = from_levels(read_photo(path, size))[None].to(device)
     return quantize(downscale(hr, generator.scale)), hr
 
 
 def write_samples(generator, path: str, arguments):
     """All files of one input, in a folder of its name."""
-    lr, hr = (x if x is None else x.to(arguments.device)
-              for x in low_resolution(path, generator, arguments.lr))
+    lr, hr = low_resolution(path, generator, arguments.lr, arguments.device)
     made = "as it is" if hr is None else f"from its centre square, resized to {hr.shape[-1]}"
     print(f"{path}: LR of {lr.shape[-1]}x{lr.shape[-2]} pixels, {made}")
     rng = torch.Generator().manual_seed(arguments.seed)
@@ -270,9 +272,8 @@ def write_samples(generator, path: str, arguments):
     images = dict(zip(names, samples.split(1)))
     for name, image in images.items():
         print(f"  {name}: LR-PSNR {lr_psnr(image, lr).item():.1f} dB")
-    images["lr"] = lr
-    images["mean"] = samples[1:].mean(0, keepdim=True)
-    images["std"] = std_map(samples[1:, None]) / 32 - 1  # white: 64 grey levels
+    images |= {"lr": lr, "mean": samples[1:].mean(0, keepdim=True),
+               "std": std_map(samples[1:, None]) / 32 - 1}  # white: 64 grey levels
     folder = Path(arguments.out) / Path(path).stem
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
@@ -296,38 +297,37 @@ def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
 
 # ---- Command line -------------------------------------------------------------------------------
 
-
 def parse_arguments(words=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    assets = Path(__file__).with_name("assets")
-    parser.add_argument("photos", nargs="*", metavar="PHOTO",
-                        help="image files (default: NASA's portrait of Eileen Collins, in assets/)")
-    parser.add_argument("--checkpoint", default=assets / "faces64.pt",
-                        help="last.pt or best.pt of a training run (default: assets/faces64.pt)")
-    parser.add_argument("--lr", action="store_true", help="the images are LR already")
-    parser.add_argument("--samples", type=count, default=10, help="hallucinations (default: 10)")
-    parser.add_argument("--temperature", type=float, default=1.0,
-                        help="scale of z: 0 is SR, below 1 tamer, above 1 wilder (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of z (default: 0)")
-    parser.add_argument("--project", action="store_true",
-                        help="shift every block of the result to LR's value (see project_onto_lr)")
-    parser.add_argument("--walk", action="store_true", help="write an animated GIF")
-    parser.add_argument("--evaluate", metavar="FOLDER", help="score on the photos of this folder")
-    parser.add_argument("--slice", type=span, default=slice(None), metavar="FROM:TO",
-                        help="which photos of the folder, in order of name (default: all)")
-    parser.add_argument("--out", default="samples", help="folder for results (default: samples)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    flag, assets = parser.add_argument, Path(__file__).with_name("assets")
+    flag("photos", nargs="*", metavar="PHOTO",
+         help="image files (default: NASA's portrait of Eileen Collins, in assets/)")
+    flag("--checkpoint", default=assets / "faces64.pt",
+         help="last.pt or best.pt of a training run (default: assets/faces64.pt)")
+    flag("--lr", action="store_true", help="the images are LR already")
+    flag("--samples", type=count, default=10, help="hallucinations (default: 10)")
+    flag("--temperature", type=float, default=1.0,
+         help="scale of z: 0 is SR, below 1 tamer, above 1 wilder (default: 1)")
+    flag("--seed", type=int, default=0, help="seed of z (default: 0)")
+    flag("--project", action="store_true",
+         help="shift every block of the result to LR's value (see project_onto_lr)")
+    flag("--walk", action="store_true", help="write an animated GIF")
+    flag("--evaluate", metavar="FOLDER", help="score on the photos of this folder")
+    flag("--others", metavar="FOLDER", help="realism too, against as many photos of other people")
+    flag("--slice", type=span, default=slice(None), metavar="FROM:TO",
+         help="which photos of the folder, in order of name (default: all)")
+    flag("--out", default="samples", help="folder for results (default: samples)")
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto")
     found = parser.parse_args(words)
     if not (found.photos or found.evaluate or found.lr):
         found.photos = [str(assets / "astronaut.png")]
-    names = [Path(path).stem for path in found.photos]
-    require(len(set(names)) == len(names), f"two photos have one name, and so one folder: {names}")
-    require(not {"", ".", ".."} & set(names), "a photo's name is its folder's below --out: rename "
-                                              f"one of {found.photos}")
-    require(0 <= found.temperature < math.inf,
-            f"--temperature must be finite and >= 0, got {found.temperature}")
+    names = {Path(path).stem for path in found.photos} - {"", ".", ".."}
+    require(len(names) == len(found.photos),
+            f"a photo's name is its folder's below --out: rename one of {found.photos}")
+    require(0 <= found.temperature < math.inf, f"--temperature {found.temperature} is no scale")
     require(0 <= found.seed < 2 ** 32, f"--seed must be in [0, 2^32), got {found.seed}")
-    require(found.evaluate or found.slice == slice(None), "--slice goes with --evaluate")
+    alone = found.slice == slice(None) and not found.others
+    require(found.evaluate or alone, "--slice and --others go with --evaluate")
     require(found.photos or not found.lr, "--lr goes with images: --evaluate makes LR itself")
     return found
 
@@ -340,8 +340,7 @@ def count(word: str) -> int:
 
 def span(words: str) -> slice:
     """FROM:TO as a slice; either may be missing. argparse turns a ValueError into a sentence."""
-    start, stop = words.split(":")
-    return slice(int(start) if start else None, int(stop) if stop else None)
+    return slice(*(int(end) if end else None for end in words.split(":")))
 
 
 def find_device(name: str) -> str:

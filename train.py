@@ -2,13 +2,10 @@
 
     python train.py                      drawn faces, no data or weights needed: minutes
     python train.py --data FOLDER        any folder tree of images
-    python train.py --data celeba --root DIR
 
 Writes into --out: last.pt and best.pt (checkpoints), grid.png (look at it), log.csv, valid.csv.
 Stop it with Ctrl-C at any time; `python train.py --resume OUT/last.pt` goes on exactly.
 """
-from __future__ import annotations
-
 import signal
 
 if __name__ == "__main__":  # until there is something to save, Ctrl-C just ends the program
@@ -16,7 +13,6 @@ if __name__ == "__main__":  # until there is something to save, Ctrl-C just ends
 
 import argparse
 import copy
-import csv
 import itertools
 import math
 import os
@@ -24,88 +20,70 @@ import shlex
 import sys
 import time
 import zlib
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torchvision.datasets import CelebA
-from torchvision.transforms import v2
 
-from hallusr import (LPIPS, VGG_LAYERS, Discriminator, Generator, PerceptualLoss,
+from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism,
                      check_architecture, discriminator_loss, diversity_loss, downscale, draw_z,
                      excess, from_levels, generator_loss, gradient_loss, hallucination_loss,
                      image_gradient, load_checkpoint, load_weights, project_onto_lr, pyramid,
                      quantize, r1_penalty, reconstruction_loss, require, sample, save_checkpoint,
-                     std_map, to_levels, upscale_bicubic, whole_file)
-from sample import (FolderFaces, contact_sheet, count, evaluate, find_device, run_as_script, stack,
-                    summarize, write_image)
+                     std_map, to_levels, whole_file)
+from sample import (FolderFaces, contact_sheet, count, evaluate, find_device, run_as_script,
+                    spread_out, stack, summarize, write_image)
 
 # ---- Settings -----------------------------------------------------------------------------------
 
-
-def setting(default, source: str, meaning: str):
-    """A field with its meaning and the part of the paper that gives its value, or "open"."""
-    return field(default=default, metadata={"help": meaning, "source": source})
+def setting(default, source: str, meaning: str, low=0, high=2 ** 32 - 1):
+    """A field of Config: its range, and the part of the paper that gives its value, or "open"."""
+    return field(default=default, metadata=dict(source=source, help=meaning, range=(low, high)))
 
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers of the method. The defaults are the paper as printed, and our choice where open.
-
-    Raises ValueError when a field is out of range or two contradict each other.
-    """
-
+    """The numbers of the method, as printed, or our choice where open. ValueError out of range."""
     size: int = setting(64, "open", "side of the large image, in pixels (C1)")
     scale: int = setting(8, "section 4.1", "how many times smaller LR is, a power of two")
-    z_dim: int = setting(64, "open", "m, the numbers of the noise z (C4)")
-    z_shared: float = setting(1.0, "section 2", "z from one vector (1) to a map (0) (D1)")
+    z_dim: int = setting(64, "open", "m, the numbers of the noise z (C4)", 1)
+    z_shared: float = setting(1.0, "section 2", "z from one vector (1) to a map (0) (D1)", 0, 1)
     widths: tuple = setting((128, 96, 64, 32), "open", "channels, coarse to fine (C7)")
     blocks: int = setting(8, "Fig. 2", "residual blocks in G")
     d_blocks: int = setting(8, "section 3.2", "residual blocks in each discriminator (D9)")
     hard_consistency: bool = setting(False, "(9), (12)", "make DS(image) = LR inside G (D3)")
-    explore: str = setting("branch", "(8)", "where L_z acts: G's gradient 'branch' or, without it, "
-                           "D_g and (7), the image's 'gradient' or the 'image' (D10)")
+    explore: str = setting("branch", "(8)", "L_z's: G's branch; without it gradient or image (D10)")
     perceptual: str = setting("relu2_2", "open", "VGG-16 layer of (6), or 'pixels' (C16, D6)")
     gamma: float = setting(10.0, "section 4.1", "weight of perceptual and gradient loss in (10)")
     beta: float = setting(0.1, "section 4.1", "weight of the adversarial losses in (10)")
     alpha: float = setting(1.0, "section 4.1", "weight of the diversity loss in (11)")
-    tau: float = setting(1.0, "open", "ceiling of the diversity loss (8) (C3)")
+    tau: float = setting(1.0, "open", "ceiling of the diversity loss (8) (C3)", 1e-6)
     eps: float = setting(0.1, "section 4.1", "free disagreement with LR in (12), in grey levels")
     tie: float = setting(0.0, "(10), (11)", "weight of |g - grad(I)| (D4)")
     pixel: float = setting(0.0, "(10)", "weight of L1 on pixels at z = 0 (D7)")
     warmup: int = setting(0, "section 2.3", "first steps, of G at z = 0 without D (D8)")
     r1_gamma: float = setting(10.0, "open", "R1's weight; another gamma than (10)'s (C12)")
-    r1_every: int = setting(1, "section 2.3", "steps from one R1 penalty to the next (D2)")
+    r1_every: int = setting(1, "section 2.3", "steps from one R1 penalty to the next (D2)", 1)
     lr_g: float = setting(1e-4, "section 4.1", "Adam's learning rate for G (D5)")
     lr_d: float = setting(4e-4, "open", "Adam's learning rate for D_I and D_g: TTUR (C13)")
-    fall: float = setting(0.0, "section 4.1", "last share of steps; rates fall to a tenth (D11)")
-    ema: float = setting(0.999, "open", "decay of the running average of G (C14)")
-    batch: int = setting(8, "section 4.1", "faces per step")
-    steps: int = setting(100_000, "open", "training steps (C22)")
+    fall: float = setting(0.0, "section 4.1", "last share of steps; rates fall (D11)", 0, 1)
+    ema: float = setting(0.999, "open", "decay of the running average of G (C14)", 0, 0.999_999)
+    batch: int = setting(8, "section 4.1", "faces per step", 1)
+    steps: int = setting(100_000, "open", "training steps (C22)", 1)
     seed: int = setting(0, "open", "seed of weights, batches and noise")
 
     def __post_init__(self):
         check_architecture(self.widths, self.scale, min(self.blocks, self.d_blocks))
-        for names, words, fits in (
-                ("size", f"11 or more and a multiple of scale {self.scale}",  # SSIM's window is 11
-                 lambda n: n >= 11 and n % self.scale == 0),
-                ("z_dim batch steps r1_every tau lr_g lr_d", "positive",
-                 lambda x: 0 < x < math.inf),
-                ("gamma beta alpha eps tie pixel warmup r1_gamma", "finite and >= 0",
-                 lambda x: 0 <= x < math.inf),
-                ("z_shared fall", "in [0, 1]", lambda x: 0 <= x <= 1),
-                ("ema", "in [0, 1)", lambda x: 0 <= x < 1),
-                ("seed", "in [0, 2^32)", lambda n: 0 <= n < 2 ** 32),
-                ("perceptual", f"pixels or one of {', '.join(VGG_LAYERS)}",
-                 lambda word: word in ("pixels", *VGG_LAYERS)),
-                ("explore", "branch, gradient or image",
-                 lambda word: word in ("branch", "gradient", "image"))):
-            for name in names.split():
-                value = getattr(self, name)
-                require(fits(value), f"{name} must be {words}, got {value}")
+        require(self.size >= 11 and self.size % self.scale == 0,  # SSIM's window is 11
+                f"size must be 11 or more and a multiple of scale {self.scale}, got {self.size}")
+        require(self.explore in ("branch", "gradient", "image"),
+                f"explore must be branch, gradient or image, got {self.explore}")
+        for item in fields(self):
+            value, (low, high) = getattr(self, item.name), item.metadata["range"]
+            require(isinstance(value, str | tuple) or low <= value <= high,
+                    f"{item.name} must be in [{low}, {high}], got {value}")
 
 
 # What to change for a run of hours on two CPU cores: D1 to D5, D7 to D9, and three open choices.
@@ -120,29 +98,25 @@ SKETCHES = dict(size=32, scale=4, widths=(48, 32, 16), blocks=2, z_shared=1.0, p
 
 def deviations(config: Config) -> list[str]:
     """Every setting that the paper gives and that differs here, as in "alpha 4 (paper: 1)"."""
-    def plain(value):
-        return f"{value:g}" if isinstance(value, float) else str(value)
     pairs = [(item.name, getattr(config, item.name), item.default) for item in fields(Config)
              if item.metadata["source"] != "open"]
     if config.perceptual == "pixels":
         pairs.append(("perceptual", "pixels", "a layer of VGG-16"))
     if config.lr_d == config.lr_g:
         pairs.append(("lr_d", config.lr_d, "TTUR, another rate than G's"))
-    return [f"{name} {plain(ours)} (paper: {plain(paper)})"
+    return [f"{name} {ours} (paper: {paper})".replace(".0 ", " ").replace(".0)", ")")
             for name, ours, paper in pairs if ours != paper]
 
 
 # ---- Training -----------------------------------------------------------------------------------
-
 
 def train(config: Config, arguments, perceptual, faces, valid, content: dict | None = None):
     """Train until config.steps or Ctrl-C. Logs, pictures and checkpoints go to arguments.out."""
     nets = Networks(config, arguments.device)
     start = nets.load(content, arguments.resume) if content else 0
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    report = Report(config, arguments, nets, valid, content) if rank == 0 else None
+    report = Report(config, arguments, nets, faces, valid, content) if rank == 0 else None
     amp = torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.amp)
-
     for step in range(start, config.steps):
         nets.set_rates(config, step)
         batch = batch_at(faces, config, step, arguments.device)
@@ -159,7 +133,7 @@ def train(config: Config, arguments, perceptual, faces, valid, content: dict | N
 
 
 def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) -> dict:
-    """One step of both players, D first; in the warm-up (D8) of G alone, at z = 0.
+    """One step of both players (C20), D first (C18); in the warm-up (D8) of G alone, at z = 0.
 
     hr (B, 3, H, W), z1 and z2 (B, z_dim, h, w). Returns the terms for the log.
     """
@@ -172,8 +146,7 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
     z = torch.cat([torch.zeros_like(z1), z1, z2]) if playing else torch.zeros_like(z1)
     with amp:  # {"image", "gradient"}: lists over resolutions of (3B, 3, ., .), (B, 3, ., .) alone
         made = nets.G(lr.repeat(len(z) // B, 1, 1, 1), z)
-    image = made["image"][-1]                                                # (3B, 3, H, W)
-
+    image = made["image"][-1]  # C17: (6)-(8) and F see the finest alone     # (3B, 3, H, W)
     terms, l_z = {}, 0.0
     adv_sr = adv_h = {"image": 0.0, "gradient": 0.0}
     if playing:
@@ -188,7 +161,7 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
         l_z = diversity_loss(g1, g2, z1, z2, config.tau)
         terms |= dict(L_z=l_z, image_moves=(image[B:2 * B] - image[2 * B:]).abs() * 127.5)
 
-    # G step: minimise (10) for z = 0 plus (11) for z1, against the D just improved (C18).
+    # G step: minimise (10) for z = 0 plus (11) for z1, against the D just improved.
     with amp:
         l_percp = perceptual(image[:B], hr)
     l_pixel = (image[:B] - hr).abs().mean()                                  # D7
@@ -246,12 +219,9 @@ def descend(optimizer, loss: torch.Tensor):
     optimizer.zero_grad()
     loss.backward()
     if dist.is_initialized():
-        weights = optimizer.param_groups[0]["params"]
-        flat = torch.cat([weight.grad.flatten() for weight in weights])
-        dist.all_reduce(flat)  # a sum, of everything at once
-        parts = (flat / dist.get_world_size()).split([weight.numel() for weight in weights])
-        for weight, part in zip(weights, parts):
-            weight.grad.copy_(part.view_as(weight))
+        for weight in optimizer.param_groups[0]["params"]:
+            dist.all_reduce(weight.grad)  # a sum
+            weight.grad /= dist.get_world_size()
     optimizer.step()
 
 
@@ -298,73 +268,54 @@ class Networks:
             average.lerp_(current, 1 - decay)
 
 
-# ---- Faces: drawn, from a folder, or CelebA; all end as one uint8 tensor (N, 3, size, size) -----
-
+# ---- Faces: drawn, or from a folder; both end as one uint8 tensor (N, 3, size, size) ------------
 
 def draw_faces(random: torch.Tensor, size: int) -> torch.Tensor:
-    """Drawn faces from random (N, 12) in [0, 1]: (N, 3, size, size) on 8-bit levels of [-1, 1].
+    """Drawn faces from random (N, 11) in [0, 1]: (N, 3, size, size) on 8-bit levels of [-1, 1].
 
     The last two columns decide, above a half for yes, what LR hides: shrunk to 8x8 or less, faces
     that differ only in smile and glasses are equal. A frown is the smile upside down inside one
     row of blocks; the glasses shine by just as much as their frame darkens, block by block.
-    Raises ValueError unless size is a multiple of 8.
     """
+    def colour(*rgb):
+        return torch.tensor(rgb).view(3, 1, 1)
+    def cover(distance):  # signed distance, negative inside -> share of the pixel that is inside
+        return (0.5 - distance * size / 8).clamp(0, 1)
+    def ellipse(cx, cy, rx, ry):
+        return cover((torch.hypot((x - cx) / rx, (y - cy) / ry) - 1) * ry)
     require(size % 8 == 0, f"drawn faces need a size that is a multiple of 8, got {size}")
     r, axis = random[:, :, None, None], (torch.arange(size) + 0.5) * 8 / size
     y, x = torch.meshgrid(axis, axis, indexing="ij")  # lengths are in eighths of the side
-
-    def colour(*rgb):
-        return torch.tensor(rgb).view(3, 1, 1)
-
-    def cover(distance):  # signed distance, negative inside -> share of the pixel that is inside
-        return (0.5 - distance * size / 8).clamp(0, 1)
-
-    def ellipse(cx, cy, rx, ry):
-        return cover((torch.hypot((x - cx) / rx, (y - cy) / ry) - 1) * ry)
-
-    def paint(image, paint, mask):
-        return image + mask * (paint - image)
-
-    tone, width, length = 0.9 * r[:, 3:4] + 0.1 * r[:, 4:7], 2.5 + 0.4 * r[:, 8:9], r[:, 9:10]
+    paint, width = torch.lerp, 2.5 + 0.4 * r[:, 8:9]  # paint(image, colour, where)
+    black, tone = colour(-0.9, -0.9, -0.9), 0.9 * r[:, 3:4] + 0.1 * r[:, 4:7]
     skin = tone * colour(0.72, 0.72, 0.68) + colour(-0.3, -0.5, -0.65)
     hair = r[:, 7:8] * colour(1.2, 0.9, 0.4) - 0.85
     image = (1.6 * r[:, :3] - 0.8).expand(-1, 3, size, size)                 # the background
     image = paint(image, hair, ellipse(4, 3.6, width + 0.45, 3.3))
-    falls = torch.maximum((x - 4).abs() - width - 0.45, y - 3.5 - 4 * length)
-    image = paint(image, hair, cover(falls) * (y > 3.6))
     image = paint(image, skin, ellipse(4, 4.2, width, 3.4) * cover(2.3 - y))
-    image = paint(image, -0.9, ellipse(3, 4, 0.2, 0.3) + ellipse(5, 4, 0.2, 0.3))
-    bend = 0.52 * (0.5 - ((x - 4) / 1.5).square()) * torch.where(r[:, 10:11] > 0.5, 1, -1)
+    image = paint(image, black, ellipse(3, 4, 0.2, 0.3) + ellipse(5, 4, 0.2, 0.3))
+    bend = 0.52 * (0.5 - ((x - 4) / 1.5).square()) * torch.where(r[:, 9:10] > 0.5, 1, -1)
     lips = torch.maximum((y - 5.5 - bend).abs() - 0.2, (x - 4).abs() - 1.5)
     image = paint(image, colour(0.1, -0.9, -0.8), cover(lips))
-
-    # Two frames of 2x2 blocks each and a bridge; then every block's mean is put back.
+    # Glasses: two frames of 2x2 blocks each and a bridge; then every block's mean is put back.
     lens = torch.maximum(((x - 4).abs() - 1.05).abs(), (y - 4).abs()) - 0.75
     bridge = torch.maximum((y - 4).abs() - 0.1, (x - 4).abs() - 0.3)
-    framed = paint(image, -0.9, torch.maximum(cover(lens.abs() - 0.14), cover(bridge)))
+    framed = paint(image, black, torch.maximum(cover(lens.abs() - 0.14), cover(bridge)))
     framed = project_onto_lr(framed, downscale(image, size // 8))
-    return quantize(torch.where(r[:, 11:12] > 0.5, framed, image))
+    return quantize(torch.where(r[:, 10:11] > 0.5, framed, image))
 
 
 def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and validation faces, uint8 (N, 3, size, size); no face is in both.
-
-    Without --val about every 20th photo is held out. Its name decides, so that a photo that joins
-    the folder later moves none from training to validation.
-    """
-    require(not arguments.val or arguments.data not in ("sketches", "celeba"),
-            f"--val goes with a folder of photos, not with {arguments.data}")
-    if arguments.data == "sketches":
+    """Training and validation faces, uint8 (N, 3, size, size); no face is in both."""
+    if not arguments.data:
+        require(not arguments.val, "--val goes with a folder of photos, not with drawn faces")
         counts = arguments.sketches, arguments.val_faces
-        random = torch.rand(sum(counts), 12, generator=torch.Generator().manual_seed(0))
+        random = torch.rand(sum(counts), 11, generator=torch.Generator().manual_seed(0))
         drawn = [to_levels(draw_faces(part, config.size)).byte() for part in random.split(50)]
         return torch.cat(drawn).split(counts)
-    if arguments.data == "celeba":
-        train, valid = (celeba(arguments.root, split, config.size) for split in ("train", "valid"))
-        return stack(train), stack(valid, arguments.val_faces)
     train = FolderFaces(arguments.data, config.size)
     valid = FolderFaces(arguments.val or arguments.data, config.size)
-    if not arguments.val:
+    if not arguments.val:  # a photo's name decides: one that joins the folder later moves no other
         number = {path: zlib.crc32(bytes(path.relative_to(arguments.data))) for path in train.paths}
         least = min(number.values())  # so that there is one at least
         valid.paths = [path for path, n in number.items() if n % 20 == 0 or n == least]
@@ -374,22 +325,8 @@ def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     return stack(train), stack(valid, arguments.val_faces)
 
 
-def celeba(root: str, split: str, size: int) -> CelebA:
-    """torchvision's CelebA with its official split. Raises FileNotFoundError where it is not."""
-    square = v2.Compose([v2.PILToTensor(), v2.CenterCrop(178),
-                         v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True)])
-    try:
-        return CelebA(root, split, target_type=[], transform=square)
-    except RuntimeError as error:
-        raise FileNotFoundError(f"no CelebA below {root}: expected {root}/celeba with "
-                                "img_align_celeba/ and its list_*.txt files") from error
-
-
 def batch_at(faces: torch.Tensor, config: Config, step: int, device) -> tuple:
-    """The faces and noise of one step: hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w).
-
-    A function of (seed, step) alone, so that a resumed run sees what an unbroken one would.
-    """
+    """hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w), from nothing but seed and step."""
     rng = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     chosen = torch.randint(len(faces), (config.batch,), generator=rng)
     mirrored = torch.rand(config.batch, generator=rng) < 0.5  # C15
@@ -402,36 +339,16 @@ def batch_at(faces: torch.Tensor, config: Config, step: int, device) -> tuple:
 
 # ---- Reporting: log, validation, pictures, checkpoints ------------------------------------------
 
-
-def write_csv(path: Path, rows: list[dict]):
-    """All rows as a table, whole or not at all. It is an export: nothing reads it back."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def last_is_best(rows: list[dict], name: str, sign: int, warmup: int = 0) -> bool:
-    """Is the last value the largest (sign 1) or the smallest (sign -1) since the warm-up?"""
-    values = [sign * row[name] for row in rows if row["step"] > warmup and name in row]
-    return bool(values) and values[-1] == max(values)
-
-
 class Report:
     """All that happens beside the loop. It reads the device only when a line is due."""
 
-    FILES = ("last.pt", "best.pt", "log.csv", "valid.csv", "grid.png")
-
-    def __init__(self, config: Config, arguments, nets: Networks, valid, content: dict | None):
+    def __init__(self, config: Config, arguments, nets: Networks, faces, valid, content):
         self.config, self.arguments, self.nets = config, arguments, nets
         self.out = self.claim(arguments)
-        self.start = content["step"] if content else 0
         self.log_rows, self.valid_rows = content["rows"] if content else ([], [])
         self.valid = from_levels(valid).to(arguments.device)
-        self.lpips = find_lpips(config, arguments.device)
-        self.terms, self.count, self.stop, self.done = {}, 0, False, False
-        self.began = self.since = time.time()
+        self.judges = find_judges(arguments, spread_out(faces, len(valid)))
+        self.terms, self.count, self.stop, self.since = {}, 0, False, time.time()
         for name in (signal.SIGINT, signal.SIGTERM):  # schedulers send the second
             signal.signal(name, self.interrupt)
 
@@ -440,15 +357,14 @@ class Report:
         home, named = arguments.resume and Path(arguments.resume).parent, arguments.out
         if home and home.resolve() == Path(named or home).resolve():
             return home
-        for k in itertools.count(1):
-            out = Path(named or Path("runs") / (Path(arguments.data).name + f"-{k}" * (k > 1)))
-            out.mkdir(parents=True, exist_ok=True)
-            if not any((out / name).exists() for name in self.FILES):
-                with suppress(FileExistsError):  # of two runs at one moment, one fails here
-                    (out / "log.csv").touch(exist_ok=False)
-                    return out
-            require(not named, f"{out} holds a run already: go on with --resume, or name another "
-                               "--out")
+        kind = Path(arguments.data or "sketches").name + time.strftime("-%m%d-%H%M%S")
+        out = Path(named or Path("runs", kind))
+        files = ("last.pt", "best.pt", "log.csv", "valid.csv", "grid.png")
+        require(not any((out / name).exists() for name in files),
+                f"{out} holds a run already: --resume it, or name another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.csv").touch(exist_ok=False)  # of two runs at one moment, one fails here
+        return out
 
     def interrupt(self, *_):
         """The first Ctrl-C lets the step end and saves; the second kills."""
@@ -467,8 +383,7 @@ class Report:
         self.count += 1
         for name, value in terms.items():  # tensors, logged as means over the steps that have them
             self.terms.setdefault(name, []).append(value.detach().mean())
-        self.done = step == self.config.steps
-        finished = self.done or self.stop  # read once: Ctrl-C may come while the rest of this runs
+        finished = self.stop or step == self.config.steps  # read once: Ctrl-C may come now
         due = finished or step % self.arguments.val_every == 0
         if due or step == 1 or step % self.arguments.log_every == 0:
             self.log(step)  # also what keeps NaN out of a checkpoint
@@ -476,60 +391,61 @@ class Report:
             self.save("last.pt", step)  # first: the rest may be interrupted
             self.validate(step)
             self.save("last.pt", step)
-        if step == self.config.warmup:  # from here on a step takes longer, and so does the rest
-            self.start, self.began = step, time.time()
         return finished
-
-    def left(self, step: int) -> str:
-        """Time left at the pace since the start, to the end or to that of the warm-up."""
-        warming = step < self.config.warmup
-        end = min(self.config.warmup, self.config.steps) if warming else self.config.steps
-        seconds = (time.time() - self.began) / max(step - self.start, 1) * (end - step)
-        text = f"{timedelta(seconds=int(seconds))} left"
-        return text + (" of the warm-up, z means nothing yet" if warming else "")
 
     def log(self, step: int):
         """One line and one CSV row. Raises FloatingPointError, naming the term, at NaN or Inf."""
         means = {name: torch.stack(terms).mean().item() for name, terms in self.terms.items()}
         weights = itertools.chain(self.nets.G.parameters(), self.nets.D.parameters())
-        sums = {"a weight": sum(weight.detach().sum() for weight in weights).item()}
-        for name, value in (means | sums).items():
+        total = sum(weight.detach().sum() for weight in weights).item()
+        for name, value in (means | {"a weight": total}).items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} became {value} by step {step}; no checkpoint was "
-                                         f"overwritten: {self.out} is as it was last saved")
-        pace = self.count * self.config.batch / (time.time() - self.since)
-        text = "  ".join(f"{name} {value:.3g}" for name, value in means.items())
-        self.say(f"step {step}  {pace:.1f} images/s  {self.left(step)}  {text}")
+                raise FloatingPointError(f"{name} became {value} by step {step}; no file changed")
+        steps, warmup, seconds = self.config.steps, self.config.warmup, time.time() - self.since
+        pace, end = self.count * self.config.batch / seconds, steps if step >= warmup else warmup
+        left = timedelta(seconds=int(seconds / self.count * (min(end, steps) - step)))
+        text = "left of the warm-up, z means nothing yet" if step < warmup else "left"
+        text += "".join(f"  {name} {value:.3g}" for name, value in means.items())
+        self.say(f"step {step}  {pace:.1f} images/s  {left} {text}")
         self.log_rows.append({"step": step, "images_per_s": pace} | means)
-        write_csv(self.out / "log.csv", self.log_rows)
+        self.export("log.csv", self.log_rows)
         self.terms, self.count, self.since = {}, 0, time.time()
+
+    def export(self, name: str, rows: list[dict]):
+        """All rows as a CSV table, whole or not at all. Nothing reads it back."""
+        names = list(dict.fromkeys(itertools.chain(*rows)))
+        lines = [names] + [[str(row.get(key, "")) for key in names] for row in rows]
+        with whole_file(self.out / name) as temporary:
+            temporary.write_text("".join(",".join(line) + "\n" for line in lines))
 
     def validate(self, step: int):
         """Score the running average on the validation faces, draw the grid, keep the best."""
         began, ema, config = time.time(), self.nets.ema, self.config
-        rows, row = summarize(evaluate(ema, self.valid, 4, self.lpips)), {"step": step}
+        rows, row = summarize(evaluate(ema, self.valid, 4, **self.judges)), {"step": step}
         for name, scores in rows.items():
             self.say(f"  {name:13}  " + "  ".join(f"{key} {scores[key]:.3f}" for key in scores))
             row |= {f"{name}_{key}": value for key, value in scores.items()}
         self.valid_rows.append(row)
-        write_csv(self.out / "valid.csv", self.valid_rows)
+        self.export("valid.csv", self.valid_rows)
         hr = self.valid[:6]
         lr, rng = quantize(downscale(hr, config.scale)), torch.Generator().manual_seed(0)
         z = draw_z((6, config.z_dim, *lr.shape[-2:]), config.z_shared, rng).to(lr.device)
         write_image(contact_sheet(ema, lr, z, hr), self.out / "grid.png")
-        name, sign = ("SR_lpips", -1) if self.lpips else ("SR_psnr", 1)
-        if last_is_best(self.valid_rows, name, sign, config.warmup):
+        name, sign = ("hallucination_realism", -1) if self.judges else ("SR_psnr", 1)
+        marks = [sign * row[name] for row in self.valid_rows
+                 if row["step"] > config.warmup and name in row]
+        if marks and marks[-1] == max(marks):
             self.save("best.pt", step)
-        self.began += time.time() - began
         self.since += time.time() - began
 
     def goodbye(self):
         """The last words: how to go on, or what came of it."""
         checkpoint = shlex.quote(str(self.out / "last.pt"))
-        self.say(f"done: look at {self.out / 'grid.png'}, sample with\n"
-                 f"  python sample.py PHOTO --checkpoint {checkpoint}" if self.done else
-                 f"stopped and saved; go on with\n  python train.py --resume {checkpoint}")
-        if self.arguments.data == "sketches":
+        self.say(f"stopped and saved; go on with\n  python train.py --resume {checkpoint}"
+                 if self.log_rows[-1]["step"] < self.config.steps else
+                 f"done: look at {self.out / 'grid.png'}, sample with\n"
+                 f"  python sample.py PHOTO --checkpoint {checkpoint}")
+        if not self.arguments.data:
             self.say(calibration_table(self.nets.ema, self.config, self.arguments.device))
 
     def save(self, name: str, step: int):
@@ -542,27 +458,24 @@ class Report:
                         note=note if step <= self.config.warmup else "")
 
 
-def find_lpips(config: Config, device) -> LPIPS | None:
-    """The metric where it can be had without a download, or None, saying why."""
+def find_judges(arguments, photographs: torch.Tensor) -> dict:
+    """LPIPS and realism for `evaluate`, or nothing, saying why."""
     try:
-        require(config.size >= 32, "images are smaller than 32x32")
-        require(LPIPS.at_hand(), "its weights are not in torch.hub's cache")
-        return LPIPS().to(device)
-    except ValueError as error:
-        print(f"LPIPS is not measured: {error}")
-        return None
+        require(arguments.data, "drawn faces are judged by their calibration, at the end")
+        require(photographs.shape[-1] >= 32, "images are smaller than 32x32")
+        photographs = from_levels(photographs).to(arguments.device)
+        return {"lpips": LPIPS().to(arguments.device), "realism": Realism(photographs)}
+    except (ValueError, OSError) as error:
+        print(f"LPIPS and realism are not measured: {error}")
+        return {}
 
 
 # ---- Calibration: on drawn faces it is known what a perfect sampler would show ------------------
 
-
 def possibilities(count: int, size: int, seed: int = 1) -> torch.Tensor:
-    """The four faces behind each LR: (4, count, 3, size, size) on 8-bit levels of [-1, 1].
-
-    In order: smile and glasses, smile alone, glasses alone, neither.
-    """
-    shared = torch.rand(count, 10, generator=torch.Generator().manual_seed(seed))
-    kinds = [torch.tensor([[smile, glasses]]) for smile in (1.0, 0.0) for glasses in (1.0, 0.0)]
+    """The faces behind each LR, (4, count, 3, size, size): both smile and glasses, ..., neither."""
+    shared = torch.rand(count, 9, generator=torch.Generator().manual_seed(seed))
+    kinds = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     return torch.stack([draw_faces(torch.cat([shared, kind.expand(count, 2)], 1), size)
                         for kind in kinds])
 
@@ -581,16 +494,14 @@ def calibration(samples: torch.Tensor, sr: torch.Tensor, truth: torch.Tensor) ->
     nearest, clean = apart.argmin(0), apart.amin(0) <= 2 * error(sr).amin(0)        # (K, N)
     found = [((nearest == kind) & clean).any(0).float().mean() for kind in range(4)]
     smile, glasses = nearest < 2, nearest % 2 == 0                                  # (K, N)
-
-    def rarer(kind):  # of both answers the one that fewer clean samples of a face give
-        return torch.minimum((clean & kind).float().mean(0), (clean & ~kind).float().mean(0)).mean()
+    answers = torch.stack([smile, ~smile, glasses, ~glasses]) & clean               # (4, K, N)
+    mouth, eyes = answers.float().mean(1).unflatten(0, (2, 2)).amin(1)              # (N,) each
     spread, due = std_map(samples), std_map(truth)                                  # (N, 3, H, W)
     overlap = torch.minimum(spread, due).sum() / torch.maximum(spread, due).sum()
     return {"PSNR of the four to a sample, dB": 10 * (255 ** 2 / apart.amin(1).mean()).log10(),
             "of the four, found cleanly": sum(found),
             "smiles, %": 100 * smile.float().mean(), "glasses, %": 100 * glasses.float().mean(),
-            "rarer mouth, clean, %": 100 * rarer(smile),
-            "rarer eyes, clean, %": 100 * rarer(glasses),
+            "rarer mouth, clean, %": 100 * mouth.mean(), "rarer eyes, clean, %": 100 * eyes.mean(),
             "spread / true spread": spread.mean() / due.mean(),
             "spread in its place, %": 100 * overlap}
 
@@ -604,8 +515,7 @@ def calibration_table(generator, config: Config, device, faces: int = 100, sampl
     z[0] = 0
     sr, *ours = [sample(generator, lr.to(device), latent.to(device)).cpu() for latent in z]
     perfect = truth[torch.randint(4, (samples, faces), generator=rng), torch.arange(faces)]
-    shown = {"perfect": perfect, "ours": torch.stack(ours), "SR only": sr.expand_as(perfect),
-             "bicubic": upscale_bicubic(lr, config.scale).expand_as(perfect)}
+    shown = {"perfect": perfect, "ours": torch.stack(ours), "SR only": sr.expand_as(perfect)}
     columns = [calibration(images, sr, truth) for images in shown.values()]
     lines = [(f"{samples} samples of {faces} drawn faces", shown)]
     lines += [(row, [f"{column[row]:.2f}" for column in columns]) for row in columns[0]]
@@ -614,85 +524,65 @@ def calibration_table(generator, config: Config, device, faces: int = 100, sampl
 
 # ---- Command line -------------------------------------------------------------------------------
 
-
 # What a run is made of beside its Config: kept in its checkpoints, and taken up by --resume.
-RUN = dict(data="sketches", val=None, root="data", sketches=2000, val_faces=128, val_every=500,
-           log_every=50, amp=None, photos=None)
+RUN = dict(data=None, val=None, sketches=2000, val_faces=128, val_every=500, log_every=50,
+           amp=None, photos=None)
 
 
-def parse_arguments(words=None):
-    """One flag per field of Config, left out of the namespace unless given, and the run's own."""
+def flags() -> argparse.ArgumentParser:
+    """The run's own flags, and one per field of Config."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     run = parser.add_argument_group("the run").add_argument
-    run("--data", help="sketches (drawn here and now, the default), celeba, or a folder of photos")
-    run("--val", help="folder to validate on (default: about every 20th photo of --data)")
-    run("--root", help="where celeba/ lies (default: data)")
-    run("--out", help="folder for results (default: a new runs/DATA, or where --resume lies)")
+    run("--data", type=os.path.abspath, help="a folder of photos (default: faces drawn now)")
+    run("--val", type=os.path.abspath, help="a folder to validate on (default: 5 %% of --data)")
+    run("--out", help="folder for results (default: a new one in runs, or where --resume lies)")
     run("--resume", help="go on from this last.pt, with its data and its settings")
     run("--preset", choices=("recommended", "paper"), help="as printed, or for hours (default)")
     run("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    run("--amp", action=argparse.BooleanOptionalAction,
-        help="bfloat16 autocast (default: where the device computes in it)")
-    run("--sketches", type=count, help="faces to draw (default: 2000)")
-    run("--val-faces", type=count, help="faces to validate on, the first ones (default: 128)")
-    run("--val-every", type=count, help="steps to the next scores and checkpoint (default: 500)")
-    run("--log-every", type=count, help="steps to the next line of the log (default: 50)")
-    method = parser.add_argument_group(
-        "the method", "defaults: --preset recommended's; in brackets --preset paper's, where that "
-        "is another; drawn faces have " + ", ".join(f"{k} {v}" for k, v in SKETCHES.items()))
+    run("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: where native)")
+    for name, what in (("sketches", "faces to draw"), ("val-faces", "faces to validate on"),
+                       ("val-every", "steps between scores"), ("log-every", "between log lines")):
+        run("--" + name, type=count, help=f"{what} (default: {RUN[name.replace('-', '_')]})")
+    method = parser.add_argument_group("the method", "default: --preset recommended's [--preset "
+                                       f"paper's]; drawn faces have {SKETCHES}")
     for item in fields(Config):
         best, kind = RECOMMENDED.get(item.name, item.default), type(item.default)
-        text = f"{item.metadata['help']}; {item.metadata['source']}: {best}"
-        text += f" [{item.default}]" if best != item.default else ""
+        text = (f"{item.metadata['help']}; {item.metadata['source']}: {best}"
+                + f" [{item.default}]" * (best != item.default))
         how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
-               dict(type=counts if kind is tuple else kind, metavar=kind.__name__.upper()))
-        method.add_argument("--" + item.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=text, **how)
-    return parser.parse_args(words)
+               dict(type=int, nargs="+") if kind is tuple else dict(type=kind))
+        method.add_argument("--" + item.name.replace("_", "-"), help=text, **how)
+    return parser
 
 
-def counts(words: str) -> tuple:
-    """Positive whole numbers with commas between them."""
-    return tuple(count(word) for word in words.split(","))
-
-
-def prepare(arguments) -> tuple[Config, dict | None]:
-    """Fill in what was not said, from the resumed run or the defaults.
-
-    Returns the settings (the preset's or the resumed run's, then what sketches bring, then the
-    flags) and the content of the checkpoint to resume. Raises ValueError where steps would be lost.
-    """
-    content, run, path = None, RUN, arguments.resume
-    config = Config() if arguments.preset == "paper" else replace(Config(), **RECOMMENDED)
-    if path:
-        require(not arguments.preset, "--resume has the settings of its run: no --preset")
-        content = load_checkpoint(path)
-        require("opt_G" in content, f"{path} holds a generator alone: it can be sampled, but "
-                                    "training cannot go on from it")
-        require(set(content["config"]) == set(asdict(config)) and set(content["run"]) == set(RUN),
-                f"{path} is of another version: go on with the one that made it")
-        config, run = Config(**content["config"]), content["run"]
-        last = Path(arguments.out or Path(path).parent) / "last.pt"
-        other = last.is_file() and not last.samefile(path)
-        latest = load_checkpoint(last)["step"] if other else 0
-        require(content["step"] >= latest, f"{path} is of step {content['step']}, and {last} of "
-                                           f"{latest} would be overwritten: name another --out")
-    for name, value in run.items():
-        if getattr(arguments, name, None) is None:
-            setattr(arguments, name, value)
-    for name in ("data", "val", "root"):  # absolute: --resume may be said from elsewhere
-        if getattr(arguments, name) not in (None, "sketches", "celeba"):
-            setattr(arguments, name, str(Path(getattr(arguments, name)).absolute()))
-    if arguments.data == "sketches" and not path:
-        config = replace(config, **SKETCHES)
-    flags = {name: vars(arguments)[name] for name in asdict(config) if name in arguments}
-    config = replace(config, **flags)
+def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
+    """Arguments, settings, and the checkpoint to resume; a flag goes before what these bring."""
+    parser = flags()
+    said, content = parser.parse_args(words), None
+    base = RUN | asdict(Config()) | (RECOMMENDED if said.preset != "paper" else {})
+    base |= {} if said.data else SKETCHES
+    if said.resume:
+        require(not said.preset, "--resume has the settings of its run: no --preset")
+        content, path = load_checkpoint(said.resume), Path(said.resume)
+        require("opt_G" in content, f"{path} holds a generator alone: it cannot be trained on")
+        known, base = RUN.keys() | asdict(Config()).keys(), content["run"] | content["config"]
+        require(known == base.keys(), f"{path} is of another version: go on with that one")
+        last = Path(said.out or path.parent, "last.pt")
+        latest = load_checkpoint(last)["step"] if last.is_file() else 0
+        require(content["step"] >= latest, f"{last} is of step {latest}: name another --out")
+    parser.set_defaults(**base)
+    arguments = parser.parse_args(words)
+    arguments.widths = tuple(arguments.widths)
+    config = Config(**{name: getattr(arguments, name) for name in asdict(Config())})
     done = content["step"] if content else 0
-    require(done < config.steps, f"{path} has its {done} steps already: ask for more with --steps")
+    require(done < config.steps, f"{said.resume} has its {done} steps already: raise --steps")
     arguments.device = find_device(arguments.device)
-    if arguments.amp is None:
-        arguments.amp = has_bfloat16(arguments.device)
-    return config, content
+    if arguments.amp is None:  # does the device multiply in bfloat16 itself? emulated, it is slow
+        features = getattr(torch.cpu, "get_capabilities", dict)()  # absent before torch 2.11
+        arguments.amp = (torch.cuda.is_bf16_supported(including_emulation=False)
+                         if arguments.device == "cuda" else
+                         bool(features.get("amx_bf16") or features.get("avx512_bf16")))
+    return arguments, config, content
 
 
 def join_processes(arguments, config: Config):
@@ -702,38 +592,27 @@ def join_processes(arguments, config: Config):
     dist.init_process_group("cpu:gloo,cuda:nccl" if arguments.device == "cuda" else "gloo")
     if arguments.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    require(config.batch % dist.get_world_size() == 0, f"batch must be a multiple of the "
-            f"{dist.get_world_size()} processes, got {config.batch}")
+    world = dist.get_world_size()
+    require(config.batch % world == 0, f"batch {config.batch} is no multiple of {world} processes")
     if dist.get_rank() > 0:  # the first one speaks, and all stop when it does
         sys.stdout = open(os.devnull, "w")
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, signal.SIG_IGN)
 
 
-def has_bfloat16(device: str) -> bool:
-    """Does the device multiply in bfloat16 itself? Emulated, it would be slower than float32."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = getattr(torch.cpu, "get_capabilities", dict)()  # absent before torch 2.11: say no
-    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
-
-
 def main(words=None):
-    arguments = parse_arguments(words)
-    config, content = prepare(arguments)
+    arguments, config, content = prepare(words)
     join_processes(arguments, config)
     print(f"differs from the print in: {', '.join(deviations(config)) or 'nothing'}")
     print(", ".join(f"{name} {value}" for name, value in asdict(config).items()))
     torch.backends.cudnn.allow_tf32 = False  # where float32 is meant (R1), float32 it is
     pixels = config.perceptual == "pixels"  # D6; before the faces, as weights may be missing
     perceptual = torch.nn.L1Loss() if pixels else PerceptualLoss(config.perceptual)
-    if config.steps <= config.warmup:
-        print(f"the reconstruction alone is learnt: z comes in after {config.warmup} steps")
     faces, valid = load_faces(arguments, config)
-    before, arguments.photos = arguments.photos, len(faces)
-    changed = f" ({before} before)" if before not in (None, len(faces)) else ""
-    print(f"{len(faces)} faces of {config.size}x{config.size} to train on{changed}, {len(valid)} to"
-          f" validate on; {arguments.device}, {'bfloat16' if arguments.amp else 'float32'}")
+    before, arguments.photos = arguments.photos or len(faces), len(faces)
+    print(f"{len(faces)} faces of {config.size}x{config.size} to train on"
+          + f" ({before} before)" * (before != len(faces)) + f", {len(valid)} to validate on; "
+          f"{arguments.device}, {'bfloat16' if arguments.amp else 'float32'}")
     train(config, arguments, perceptual.to(arguments.device), faces, valid, content)
 
 
