@@ -6,7 +6,7 @@ An independent implementation of the method of
     "A generative model for hallucinating diverse versions of super resolution images".
 
 Section, equation and figure numbers are that paper's, and the sections stand in its order: image
-space; 2.1 (3)-(7); 2.2 (8), (9); 2.3 (10), (11); 3.1 (12); 3.2 the networks; 4.2 metrics; files.
+space, DS; 2.1 (3)-(7); 2.2 (8), (9); 2.3 (10), (11); 3.1 (12); 3.2 (1), (2); 4.2; files.
 
 Notation (N images; h x w is the small size, H x W = scale * h x scale * w the large one; K is the
 number of samples, C a number of channels, C0 = widths[0] the one at LR size)
@@ -23,7 +23,7 @@ number of samples, C a number of channels, C0 = widths[0] the one at LR size)
     F           excess          (N, 3, h, w)      grey levels of disagreement with LR, >= 0
     phi_i       PerceptualLoss  a VGG-16 layer    features after a ReLU
     D_I, D_g    Discriminator   -> (N, 1, h, w)   logits: > 0 says real
-    r           2 / 255         one grey level    the distance of two 8-bit levels in [-1, 1]
+    r           2 / 255         one grey level    from one 8-bit level in [-1, 1] to the next
 
 What G makes and D judges are lists over resolutions, from coarse (2h x 2w) to fine. Where the code
 is not the print, the line says so: S1-S7 correct slips, C1-C23 fill silences, D1-D11 are
@@ -81,7 +81,7 @@ def check_architecture(widths: tuple, scale: int, blocks: int):
 # ---- Image space: levels, DS, enlargement -------------------------------------------------------
 
 def to_levels(x: torch.Tensor) -> torch.Tensor:
-    """Floats in [-1, 1] (else ValueError) to the 8-bit values 0, 1, ..., 255, as floats."""
+    """Floats (else ValueError), clamped to [-1, 1], to 8-bit values 0, 1, ..., 255, as floats."""
     require_floats(x)
     return ((x.clamp(-1, 1) + 1) * 127.5).round()
 
@@ -143,7 +143,7 @@ def scale_between(image: torch.Tensor, lr: torch.Tensor) -> int:
 def image_gradient(x: torch.Tensor) -> torch.Tensor:
     """Length of the gradient at every pixel, per channel: edges bright, flat areas near 0.
 
-    (N, C, H, W) in [-1, 1], else ValueError -> (N, C, H, W) in [0.001, 2 sqrt 2]. Source: (3)-(5).
+    Floats (N, C, H, W), else ValueError -> (N, C, H, W), for [-1, 1] in [0.001, 2 sqrt 2].
     """
     require_images(x)
     # C6: the border is repeated, as zeros would draw a frame around every image. 1e-6 stands under
@@ -250,7 +250,7 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
     """L_z of (8), to be *maximised*: how far the gradient images move per step in z, at most tau.
 
     g1, g2 (N, C, H, W) are G's gradients at z1, z2, (N, ...) both, for the same LR -> scalar in
-    [0, tau]. Without it G may ignore z: nothing else in the loss rewards a difference.
+    [0, tau]. Without it G may ignore z: D asks of each image alone whether it is plausible.
     Raises ValueError for different shapes, unequal N or tau <= 0.
     """
     require(tau > 0, f"tau must be positive, got {tau}")
@@ -305,7 +305,7 @@ def r1_penalty(logits: torch.Tensor, images: list[torch.Tensor]) -> torch.Tensor
     forth. Source: section 2.3, Mescheder et al.
     """
     # C12: an image's logit is the mean of its map (for the sum, R1 would be (h w)^2 times as
-    # large), and its gradient that to all resolutions together.
+    # large), and its gradient that to all resolutions together, not to F.
     per_image = logits.mean((1, 2, 3))                                     # (N,)
     gradients = torch.autograd.grad(per_image.sum(), images, create_graph=True)
     return sum(gradient.square().sum((1, 2, 3)).mean() for gradient in gradients)
@@ -334,7 +334,7 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 0.1) -> torch.Ten
     shrunk = quantize(downscale(image, scale_between(image, lr)))          # (N, 3, h, w)
     # One grey level is r, so F is near 1 for a visible error: D_I's weights need not grow to see
     # it. Both images are on 8-bit levels, so their distance is a whole number of levels and
-    # eps = 0.1 permits nothing (C19); what freedom section 4.2 finds is the rounding's half level.
+    # eps = 0.1 permits nothing (C19); read in the units of (9) it would be 12.75 levels.
     r = 2 / 255
     return fn.relu((shrunk - lr).abs() / r - eps)                          # (12)
 
@@ -342,7 +342,7 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 0.1) -> torch.Ten
 # ---- 3.2 Architecture: blocks -------------------------------------------------------------------
 
 def activation(x: torch.Tensor) -> torch.Tensor:
-    """Leaky ReLU with leak 0.2, in both networks (section 4.1)."""
+    """Leaky ReLU with leak 0.2, in all networks (section 4.1)."""
     return fn.leaky_relu(x, 0.2)
 
 
@@ -394,7 +394,8 @@ class UpBlock(nn.Module):
     One convolution is shared by the domains, which makes the image use the structure that the
     gradient teaches; then each domain has a head of its own. The skip connection (the enlarged
     picture of the resolution below) keeps the low frequencies, so that a block adds detail only.
-    Another output needs a line in `skip` here and a start in Generator.forward.
+    Another output of G needs a line in `skip` here and a start in Generator.forward; what it is
+    compared with, and its D, are training's.
     Source: Fig. 3. Needs: output_head, conv3x3, near_zero, activation.
     forward(features (N, in_channels, H, W), pictures {"image" and, with the branch, "gradient":
     (N, 3, H, W)}) returns the same two at 2H x 2W, features with out_channels.
@@ -508,7 +509,7 @@ def sample(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor) -> torch.Ten
 def pyramid(x: torch.Tensor, resolutions: int = 3) -> list[torch.Tensor]:
     """An image at every resolution, coarse to fine: for 64x64 and 3, 16x16, 32x32 and x itself.
 
-    The real counterpart of G's outputs (section 3.2). Needs: downscale.
+    The real counterpart of G's outputs (section 3.2, C11). Needs: downscale.
     Raises ValueError when the sides are not multiples of 2^(resolutions - 1).
     """
     return [downscale(x, 2 ** level) for level in reversed(range(1, resolutions))] + [x]
@@ -535,7 +536,7 @@ class Discriminator(nn.Module):
         pairs = zip(fine_to_coarse, fine_to_coarse[1:])
         self.down_blocks = nn.ModuleList(DownBlock(*pair) for pair in pairs)
         self.trunk = nn.Sequential(*(ResidualBlock(widths[0]) for _ in range(blocks - 1)))
-        self.last_block = ResidualBlock(widths[0] + excess_channels)
+        self.last_block = ResidualBlock(widths[0] + excess_channels)       # C21
         self.to_logits = nn.Conv2d(widths[0] + excess_channels, 1, 3, padding=1)
 
     def forward(self, pictures, excess=None):
@@ -554,7 +555,7 @@ class Discriminator(nn.Module):
         return self.to_logits(self.last_block(features))                   # (N, 1, h, w)
 
 
-# ---- 4.2 Metrics: all on 8-bit images, one value per image --------------------------------------
+# ---- 4.2 Metrics: on 8-bit images (LPIPS alone does not round) ----------------------------------
 
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB on 8-bit RGB. Two (N, C, H, W) in [-1, 1] -> (N,).
@@ -611,8 +612,8 @@ class LPIPS(nn.Module):
     """Learned perceptual distance, v0.1 on AlexNet: 0 for equal images, about 0.5 for a blur.
 
     forward(a, b): two (N, 3, H, W) in [-1, 1] -> (N,) >= 0; with_map(a, b) -> that and (N, H, W),
-    the same before the mean over the image. Source: section 4.2, Zhang et al. 2018; AlexNet's
-    weights from torchvision, the 1152 learned channel weights from the authors' repository (BSD-2).
+    the same for every pixel, each layer enlarged to the image. Source: section 4.2, Zhang et al.
+    2018; AlexNet from torchvision, the 1152 learned channel weights from the authors (BSD-2).
     Needs: pretrained_features, cached_weights.
     Raises ValueError for different shapes or sides under 31, FileNotFoundError without weights.
     """
@@ -676,7 +677,7 @@ class Realism(nn.Module):
     of `photographs` (M, 3, H, W), in each of 4x4 regions, then the mean; [-1, 1], sides of 16 or
     more. A region holds an eye: one that is torn shows here, and hardly in PSNR or LPIPS. Few
     images score worse than many: compare equal N, equal M, and aligned faces.
-    Needs: PerceptualLoss, frechet_distance, quantize. Raises ValueError for less than 2 images.
+    Needs: PerceptualLoss, frechet_distance, quantize. Raises ValueError for fewer than 2 images.
     """
 
     def __init__(self, photographs: torch.Tensor):
@@ -690,7 +691,8 @@ class Realism(nn.Module):
     @torch.no_grad()
     def gaussians(self, images):
         """One for each region, over all images and positions: means (16, C), covariances."""
-        require(len(images) >= 2, f"realism needs 2 images or more, got {len(images)}")
+        require(len(images) >= 2 and min(images.shape[-2:]) >= 16,
+                f"realism needs 2 images or more, of 16x16 or more, got {tuple(images.shape)}")
         maps = torch.cat([self.phi.embed(quantize(part)) for part in images.split(50)])
         cells = [cell for rows in maps.tensor_split(4, 2) for cell in rows.tensor_split(4, 3)]
         points = [cell.movedim(1, 3).flatten(0, 2).double().cpu() for cell in cells]  # (N h' w', C)
@@ -713,7 +715,7 @@ def diversity_score(maps: torch.Tensor) -> torch.Tensor:
 def std_map(samples: torch.Tensor) -> torch.Tensor:
     """Where is the model unsure? Standard deviation over samples, in grey levels 0-255.
 
-    samples (K, N, 3, H, W) in [-1, 1], else ValueError -> (N, 3, H, W). Divides by K, not K - 1.
+    Floats (K, N, 3, H, W), else ValueError -> (N, 3, H, W). Divides by K, not K - 1.
     """
     require(samples.ndim == 5, f"samples must be (K, N, 3, H, W), got {tuple(samples.shape)}")
     return to_levels(samples).std(0, correction=0)

@@ -91,11 +91,10 @@ class FolderFaces(Dataset):
 
 
 def stack(dataset: Dataset, most: int | None = None) -> torch.Tensor:
-    """The dataset, or its first `most` items, as one tensor. CelebA's are (image, label) pairs."""
+    """The dataset, or its first `most` items, as one tensor."""
     faces, wanted = None, min(len(dataset), most or len(dataset))
     for i in range(wanted):
-        item = dataset[i]
-        image = item[0] if isinstance(item, tuple) else item
+        image = dataset[i]
         if faces is None:  # filled in place: a list and its stack would take twice the memory
             faces = torch.empty(wanted, *image.shape, dtype=image.dtype)
         faces[i] = image
@@ -104,9 +103,9 @@ def stack(dataset: Dataset, most: int | None = None) -> torch.Tensor:
 
 # ---- Scores -------------------------------------------------------------------------------------
 
-def spread_out(photos, most: int):
-    """At most so many, evenly spaced: neighbours in a folder are often of one kind."""
-    return photos[::max(1, len(photos) // most)][:most]
+def spread_out(length: int, most: int) -> list[int]:
+    """At most so many of range(length), evenly: neighbours in a folder are often of one kind."""
+    return [i * length // min(most, length) for i in range(min(most, length))]
 
 
 @torch.no_grad()
@@ -117,7 +116,7 @@ def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips: LPIPS | None
     hr (N, 3, H, W) in [-1, 1]; LR is made from it. Metrics: psnr, ssim, lr_psnr and, with `lpips`,
     lpips; a hallucination's are means over its samples, and it has pixel_std and, with `lpips`,
     diversity. `realism` gives one number for all N images, of hallucinations the first of each.
-    seed decides z and nothing else. Raises ValueError without a sample.
+    seed decides z, nothing else is drawn. Raises ValueError without a sample.
     """
     require(samples >= 1, f"samples must be 1 or more, got {samples}")
     lr, rng = quantize(downscale(hr, generator.scale)), torch.Generator().manual_seed(seed)
@@ -174,7 +173,7 @@ def evaluate_folder(generator, arguments):
     realism, lpips, side = None, LPIPS().to(arguments.device), hr.shape[-1]
     if arguments.others:
         others = FolderFaces(arguments.others, side)
-        others.paths = spread_out(others.paths, len(hr))
+        others.paths = [others.paths[i] for i in spread_out(len(others), len(hr))]
         realism = Realism(from_levels(stack(others)).to(arguments.device))
         print(f"realism: against {len(others)} photos of {arguments.others}")
     rows = summarize(evaluate(generator, hr, arguments.samples, lpips, realism, arguments.seed,
@@ -286,7 +285,7 @@ def write_samples(generator, path: str, arguments):
 
 def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
     """A GIF along a closed path in z: around the circle that two noise vectors a and b span."""
-    # On it every point is as likely as any other; a straight line would pass near z = 0.
+    # Every point of it is N(0, I) like any z; a straight line would pass near z = 0.
     angles = torch.arange(frames, device=lr.device).view(-1, 1, 1, 1) * 2 * math.pi / frames
     images = sample(generator, lr.expand(frames, -1, -1, -1), angles.cos() * a + angles.sin() * b)
     shown = to_levels(upscale_nearest(images, 3)).to(torch.uint8).cpu()
@@ -340,7 +339,8 @@ def count(word: str) -> int:
 
 def span(words: str) -> slice:
     """FROM:TO as a slice; either may be missing. argparse turns a ValueError into a sentence."""
-    return slice(*(int(end) if end else None for end in words.split(":")))
+    start, stop = words.split(":")
+    return slice(int(start) if start else None, int(stop) if stop else None)
 
 
 def find_device(name: str) -> str:

@@ -12,9 +12,11 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -417,6 +419,14 @@ def test_mean_decibel_averages_errors():
     assert found.item() == pytest.approx(-10 * math.log10((1e-2 + 1e-3 + 0) / 3))
 
 
+@pytest.mark.parametrize("length, most", [(9, 4), (7, 5), (199, 100), (3, 8), (5, 5)])
+def test_photos_are_spread_over_their_folder(length, most):
+    found = sample.spread_out(length, most)
+    gaps = {b - a for a, b in zip(found, found[1:])}
+    assert found[0] == 0 and len(found) == min(most, length) and found[-1] < length
+    assert max(gaps) - min(gaps) <= 1 and length - found[-1] <= max(gaps) + 1
+
+
 def test_frechet_distance_of_two_gaussians_is_the_closed_form():
     a, b, mean = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 4.0, 1.0]), torch.ones(3)
     found = hallusr.frechet_distance(mean, a.diag().double(), 3 * mean, b.diag().double())
@@ -466,7 +476,7 @@ def test_realism_is_the_mean_over_regions(monkeypatch):
     torn = photographs.clone()
     torn[::2, :, :8, :12] = torn[1::2, :, :8, :12]  # one region of half of the faces
     assert 0 < realism(torn) < realism(made)
-    with pytest.raises(ValueError, match="2 images or more, got 1"):
+    with pytest.raises(ValueError, match=r"2 images or more.*got \(1, 3"):
         realism(made[:1])
 
 
@@ -622,6 +632,7 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: sample.parse_arguments(["--slice", "1:2"]), "--slice and --others go with"),
     (lambda: sample.parse_arguments(["--lr", "--evaluate", "x"]), "--evaluate makes LR itself"),
     (lambda: train.main(["--val", "x", "--device", "cpu"]), "--val goes with a folder of photos"),
+    (lambda: train.main(["--size", "64", "--device", "cpu"]), "LR of drawn faces must be 8x8"),
     (lambda: PerceptualLoss("relu9_9"), "relu2_2.*got 'relu9_9'"),
     (lambda: hallusr.downscale(images(1, 3, 12, 12), 8), "multiples of 8, got 12 x 12"),
     (lambda: hallusr.image_gradient(images(3, 4, 4)), r"\(N, C, H, W\), got \(3, 4, 4\)"),
@@ -809,7 +820,7 @@ def test_the_first_steps_teach_reconstruction_alone(tmp_path):
 def loss_of_d(D, real, fakes, excess, r1_weight):
     """-log D(real) - log(1 - D(fake)) + R1, one image at a time; excess is None for D_g."""
     none = None if excess is None else torch.zeros_like(excess[0][:1])
-    loss, share = 0.0, (0.5 / 1.5, 1 / 1.5)  # SR counts beta = 0.5, as it does for G
+    loss, share = 0.0, (0.25 / 1.25, 1 / 1.25)  # d_sr
     for n in range(2):
         pictures = [picture[n:n + 1].detach().requires_grad_() for picture in real]
         logits = D(pictures, none)
@@ -833,7 +844,8 @@ def assert_left(module, gradients):
 @pytest.mark.parametrize("step, every, times", [(5, 1, 1), (7, 1, 1), (8, 4, 4), (7, 4, 0),
                                                 (4, 1, None)])  # the last is of the warm-up
 def test_a_step_of_both_players_goes_down_their_losses(explore, step, every, times):
-    config = Config(**TINY, gamma=2.0, beta=0.5, alpha=3.0, tie=3.0, pixel=5.0, eps=0.3, warmup=5,
+    config = Config(**TINY, gamma=2.0, beta=0.5, d_sr=0.25, alpha=3.0, tie=3.0, pixel=5.0, eps=0.3,
+                    warmup=5,
                     r1_gamma=6.0, r1_every=every, explore=explore, lr_g=1e-30, lr_d=1e-3)
     nets, playing, edges = train.Networks(config, "cpu"), times is not None, hallusr.image_gradient
     hr, z1, z2 = levels(2, 3, 16, 16), *torch.randn(2, 2, 5, 4, 4)
@@ -1183,6 +1195,16 @@ def test_images_of_16_bits_are_rescaled_and_of_32_refused(tmp_path):
             sample.read_image(tmp_path / "cut.png")
 
 
+def test_a_photo_of_400_megapixels_is_refused_before_it_takes_memory(tmp_path):
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b""))
+    with pytest.raises(ValueError, match="huge.png cannot be read.*400000000 pixels"):
+        sample.read_image(tmp_path / "huge.png")
+
+
 def test_training_goes_on_without_damaged_weights_of_lpips(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
@@ -1320,8 +1342,8 @@ def test_every_setting_is_a_flag_that_overrides_the_preset(capsys):
     assert config.widths == (9, 8, 7, 6)
     assert settings_of("--data x --preset paper") == Config()
     recommended = [found.split()[0] for found in train.deviations(settings_of("--data x"))]
-    assert sorted(recommended) == ["d_blocks", "hard_consistency", "lr_d", "lr_g", "pixel",
-                                   "r1_every", "tie", "warmup", "z_shared"]
+    assert sorted(recommended) == ["d_blocks", "d_sr", "hard_consistency", "lr_d", "lr_g",
+                                   "pixel", "r1_every", "tie", "warmup", "z_shared"]
     drawn = settings_of("--alpha 3")
     assert (drawn.perceptual, drawn.alpha, drawn.tie) == ("pixels", 3.0, 1.0)
     with pytest.raises(SystemExit) as ended:
@@ -1336,7 +1358,7 @@ def test_every_setting_is_a_flag_that_overrides_the_preset(capsys):
     ("--r1-every 16 --ema 0", ["r1_every 16 (paper: 1)"]),
     ("--hard-consistency --explore image", ["hard_consistency True (paper: False)",
                                             "explore image (paper: branch)"]),
-    ("--perceptual relu3_3 --z-dim 4 --steps 9", []),
+    ("--perceptual relu3_3 --z-dim 4 --steps 9", []), ("--r1-gamma 0", ["r1_gamma 0 (paper: R1)"]),
     ("--perceptual pixels --lr-d 1e-4", ["perceptual pixels (paper: a layer of VGG-16)",
                                          "lr_d 0.0001 (paper: TTUR, another rate than G's)"])])
 def test_deviations_are_the_settings_that_the_print_gives_otherwise(flags, expected):
@@ -1387,7 +1409,7 @@ def workplace(tmp_path_factory):
     """A folder with photos, an LR image and a tiny trained run, as the README's commands expect."""
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "assets").symlink_to(HERE / "assets")
-    for name in ("photos", "more_photos", "VAL"):
+    for name in ("photos", "more_photos", "VAL", "img_align_celeba", "val"):
         (folder / name).mkdir()
         for i in range(4):
             save_image(torch.rand(3, 70, 64 + i), folder / name / f"{i}.png")
@@ -1545,7 +1567,7 @@ def test_realism_is_measured_against_others_spread_over_their_folder(workplace, 
     ("python sample.py photos --checkpoint runs/photos/last.pt", "photos cannot be read"),
     ("python sample.py --lr --checkpoint runs/photos/last.pt", "--lr goes with images"),
     ("python sample.py me.jpg --lr --checkpoint runs/photos/last.pt", "80x70 pixels, LR has 32"),
-    ("python sample.py me.jpg photos/me.jpg --checkpoint runs/photos/last.pt", "its folder's below --out"),
+    ("python sample.py me.jpg photos/me.jpg", "its folder's below --out"),
 ])
 def test_mistakes_are_named(command, words, workplace, monkeypatch, capsys):
     (workplace / "empty").mkdir(exist_ok=True)

@@ -21,7 +21,6 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -58,6 +57,7 @@ class Config:
     perceptual: str = setting("relu2_2", "open", "VGG-16 layer of (6), or 'pixels' (C16, D6)")
     gamma: float = setting(10.0, "section 4.1", "weight of perceptual and gradient loss in (10)")
     beta: float = setting(0.1, "section 4.1", "weight of the adversarial losses in (10)")
+    d_sr: float = setting(1.0, "section 2.3", "weight of SR beside z1's image in D's loss (D12)")
     alpha: float = setting(1.0, "section 4.1", "weight of the diversity loss in (11)")
     tau: float = setting(1.0, "open", "ceiling of the diversity loss (8) (C3)", 1e-6)
     eps: float = setting(0.1, "section 4.1", "free disagreement with LR in (12), in grey levels")
@@ -86,24 +86,24 @@ class Config:
                     f"{item.name} must be in [{low}, {high}], got {value}")
 
 
-# What to change for a run of hours on two CPU cores: D1 to D5, D7 to D9, and three open choices.
+# What to change for a run of hours on two CPU cores: deviations, and choices where it is open.
 RECOMMENDED = dict(z_dim=4, z_shared=0.0, r1_every=16, hard_consistency=True, tie=1.0, lr_g=5e-4,
                    lr_d=5e-4, pixel=50.0, warmup=3000, d_blocks=2, perceptual="relu3_3",
-                   r1_gamma=1.0)
+                   r1_gamma=1.0, d_sr=0.1)
 # On top of either, for drawn faces: a small network, to learn in minutes.
 SKETCHES = dict(size=32, scale=4, widths=(48, 32, 16), blocks=2, z_shared=1.0, perceptual="pixels",
-                pixel=0.0, warmup=600, tau=0.02, alpha=3.0, lr_g=1e-3, lr_d=1e-3, fall=0.4,
-                steps=2000)
+                pixel=0.0, warmup=600, tau=0.02, alpha=5.0, lr_g=1e-3, lr_d=1e-3, fall=0.4,
+                steps=2500)
 
 
 def deviations(config: Config) -> list[str]:
     """Every setting that the paper gives and that differs here, as in "alpha 4 (paper: 1)"."""
     pairs = [(item.name, getattr(config, item.name), item.default) for item in fields(Config)
              if item.metadata["source"] != "open"]
-    if config.perceptual == "pixels":
-        pairs.append(("perceptual", "pixels", "a layer of VGG-16"))
-    if config.lr_d == config.lr_g:
-        pairs.append(("lr_d", config.lr_d, "TTUR, another rate than G's"))
+    special = ((config.perceptual == "pixels", "perceptual", "a layer of VGG-16"),
+               (config.lr_d == config.lr_g, "lr_d", "TTUR, another rate than G's"),
+               (not config.r1_gamma, "r1_gamma", "R1"))
+    pairs += [(name, getattr(config, name), paper) for differs, name, paper in special if differs]
     return [f"{name} {ours} (paper: {paper})".replace(".0 ", " ").replace(".0)", ")")
             for name, ours, paper in pairs if ours != paper]
 
@@ -137,20 +137,20 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
 
     hr (B, 3, H, W), z1 and z2 (B, z_dim, h, w). Returns the terms for the log.
     """
-    B, playing = len(hr), step >= config.warmup
-    lr = quantize(downscale(hr, config.scale))
+    B, playing = len(hr), step >= config.warmup  # D8
+    lr = quantize(downscale(hr, config.scale))  # S4
     real = {"image": pyramid(hr, len(config.widths) - 1)}
     real["gradient"] = [image_gradient(image) for image in real["image"]]  # C11
 
     # G once, three versions of every face: (1) the reconstruction at z = 0, (2) at z1 and z2.
     z = torch.cat([torch.zeros_like(z1), z1, z2]) if playing else torch.zeros_like(z1)
-    with amp:  # {"image", "gradient"}: lists over resolutions of (3B, 3, ., .), (B, 3, ., .) alone
+    with amp:  # {"image", "gradient"}: lists over resolutions of (3B, 3, ., .); B in the warm-up
         made = nets.G(lr.repeat(len(z) // B, 1, 1, 1), z)
     image = made["image"][-1]  # C17: (6)-(8) and F see the finest alone     # (3B, 3, H, W)
     terms, l_z = {}, 0.0
     adv_sr = adv_h = {"image": 0.0, "gradient": 0.0}
     if playing:
-        # D judges SR and z1 (S3), 2B images; z2 is there for the distance in (8).
+        # D judges SR and z1 (S3, C10), 2B images; z2 is there for the distance in (8).
         fake = {domain: [picture[:2 * B] for picture in made[domain]] for domain in made}
         F = excess(fake["image"][-1], lr.repeat(2, 1, 1, 1), config.eps)     # (2B, 3, h, w)
         terms = update_discriminators(nets, amp, config, real, fake, F, step)
@@ -179,7 +179,7 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
 def update_discriminators(nets, amp, config: Config, real, fake, F, step: int) -> dict:
     """D step: minimise -log D(real) - log(1 - D(fake)) and R1, for D_I and D_g."""
     none = torch.zeros_like(F[:len(F) // 2])
-    given = {"image": torch.cat([none, F.detach()]), "gradient": None}  # F goes to D_I alone
+    given = {"image": torch.cat([none, F.detach()]), "gradient": None}  # 3.1: D_I alone gets F
     loss, terms = 0.0, {"excess": F}
     for domain, D in nets.D.items():
         # Real and fake in one batch, at every resolution; nothing of it flows back to G.
@@ -187,14 +187,14 @@ def update_discriminators(nets, amp, config: Config, real, fake, F, step: int) -
         with amp:
             logits = D(both, given[domain]).float()                          # (3B, 1, h, w)
         real_logits, sr, h = logits.chunk(3)
-        # C10: SR counts as it does for G, beta to 1; at 1 to 1 hallucinations make up for what SR
-        # lacks, and all wear the glasses that SR never wears.
+        # D12: SR may count as it does for G, beta to 1; at 1 to 1 hallucinations make up for what
+        # SR lacks, and all wear the glasses that SR never wears.
         loss = loss + (discriminator_loss(real_logits, h)
-                       + config.beta * discriminator_loss(real_logits, sr)) / (1 + config.beta)
+                       + config.d_sr * discriminator_loss(real_logits, sr)) / (1 + config.d_sr)
         terms |= {f"D_{domain}_real": real_logits, f"D_{domain}_fake": h}
         if step % config.r1_every == 0:  # D2: seldom, but then with the weight of all steps
             pictures = [picture.detach().requires_grad_() for picture in real[domain]]
-            # In float32, outside amp: two derivatives need the digits.
+            # C22: in float32, outside amp: two derivatives need the digits.
             r1 = r1_penalty(D(pictures, none if domain == "image" else None), pictures)
             loss = loss + config.r1_every * config.r1_gamma / 2 * r1
             terms[f"R1_{domain}"] = r1
@@ -309,6 +309,7 @@ def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Training and validation faces, uint8 (N, 3, size, size); no face is in both."""
     if not arguments.data:
         require(not arguments.val, "--val goes with a folder of photos, not with drawn faces")
+        require(config.size <= 8 * config.scale, "LR of drawn faces must be 8x8 or less, to hide")
         counts = arguments.sketches, arguments.val_faces
         random = torch.rand(sum(counts), 11, generator=torch.Generator().manual_seed(0))
         drawn = [to_levels(draw_faces(part, config.size)).byte() for part in random.split(50)]
@@ -347,7 +348,7 @@ class Report:
         self.out = self.claim(arguments)
         self.log_rows, self.valid_rows = content["rows"] if content else ([], [])
         self.valid = from_levels(valid).to(arguments.device)
-        self.judges = find_judges(arguments, spread_out(faces, len(valid)))
+        self.judges = find_judges(arguments, faces[spread_out(len(faces), len(valid))])
         self.terms, self.count, self.stop, self.since = {}, 0, False, time.time()
         for name in (signal.SIGINT, signal.SIGTERM):  # schedulers send the second
             signal.signal(name, self.interrupt)
@@ -403,10 +404,10 @@ class Report:
                 raise FloatingPointError(f"{name} became {value} by step {step}; no file changed")
         steps, warmup, seconds = self.config.steps, self.config.warmup, time.time() - self.since
         pace, end = self.count * self.config.batch / seconds, steps if step >= warmup else warmup
-        left = timedelta(seconds=int(seconds / self.count * (min(end, steps) - step)))
+        minutes = seconds / self.count * (min(end, steps) - step) / 60
         text = "left of the warm-up, z means nothing yet" if step < warmup else "left"
         text += "".join(f"  {name} {value:.3g}" for name, value in means.items())
-        self.say(f"step {step}  {pace:.1f} images/s  {left} {text}")
+        self.say(f"step {step}  {pace:.1f} images/s  {minutes:.0f} min {text}")
         self.log_rows.append({"step": step, "images_per_s": pace} | means)
         self.export("log.csv", self.log_rows)
         self.terms, self.count, self.since = {}, 0, time.time()
@@ -472,7 +473,7 @@ def find_judges(arguments, photographs: torch.Tensor) -> dict:
 
 # ---- Calibration: on drawn faces it is known what a perfect sampler would show ------------------
 
-def possibilities(count: int, size: int, seed: int = 1) -> torch.Tensor:
+def possibilities(count: int, size: int, seed: int = 2) -> torch.Tensor:
     """The faces behind each LR, (4, count, 3, size, size): both smile and glasses, ..., neither."""
     shared = torch.rand(count, 9, generator=torch.Generator().manual_seed(seed))
     kinds = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
@@ -537,18 +538,17 @@ def flags() -> argparse.ArgumentParser:
     run("--val", type=os.path.abspath, help="a folder to validate on (default: 5 %% of --data)")
     run("--out", help="folder for results (default: a new one in runs, or where --resume lies)")
     run("--resume", help="go on from this last.pt, with its data and its settings")
-    run("--preset", choices=("recommended", "paper"), help="as printed, or for hours (default)")
+    run("--preset", choices=("recommended", "paper"), help="for hours (default), or as printed")
     run("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    run("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: where native)")
+    run("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: if native)")
     for name, what in (("sketches", "faces to draw"), ("val-faces", "faces to validate on"),
                        ("val-every", "steps between scores"), ("log-every", "between log lines")):
         run("--" + name, type=count, help=f"{what} (default: {RUN[name.replace('-', '_')]})")
-    method = parser.add_argument_group("the method", "default: --preset recommended's [--preset "
-                                       f"paper's]; drawn faces have {SKETCHES}")
+    method = parser.add_argument_group("the method", f"drawn faces, over any preset: {SKETCHES}")
     for item in fields(Config):
         best, kind = RECOMMENDED.get(item.name, item.default), type(item.default)
-        text = (f"{item.metadata['help']}; {item.metadata['source']}: {best}"
-                + f" [{item.default}]" * (best != item.default))
+        text = (f"{item.metadata['help']}; paper: {item.metadata['source']}; default {best}"
+                + f", --preset paper {item.default}" * (best != item.default))
         how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
                dict(type=int, nargs="+") if kind is tuple else dict(type=kind))
         method.add_argument("--" + item.name.replace("_", "-"), help=text, **how)
@@ -568,7 +568,7 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
         known, base = RUN.keys() | asdict(Config()).keys(), content["run"] | content["config"]
         require(known == base.keys(), f"{path} is of another version: go on with that one")
         last = Path(said.out or path.parent, "last.pt")
-        latest = load_checkpoint(last)["step"] if last.is_file() else 0
+        latest = load_checkpoint(last).get("step", 0) if last.is_file() else 0
         require(content["step"] >= latest, f"{last} is of step {latest}: name another --out")
     parser.set_defaults(**base)
     arguments = parser.parse_args(words)
