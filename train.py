@@ -87,9 +87,9 @@ class Config:
 
 
 # What to change for a run of hours on two CPU cores: deviations, and choices where it is open.
-RECOMMENDED = dict(z_dim=4, z_shared=0.0, r1_every=16, hard_consistency=True, tie=1.0, lr_g=5e-4,
-                   lr_d=5e-4, pixel=50.0, warmup=3000, d_blocks=2, perceptual="relu3_3",
-                   r1_gamma=1.0, d_sr=0.1)
+RECOMMENDED = dict(z_dim=4, z_shared=0.7, r1_every=16, hard_consistency=True, tie=1.0, lr_g=5e-4,
+                   lr_d=5e-4, pixel=50.0, warmup=3000, d_blocks=2, perceptual="relu3_3", tau=0.08,
+                   r1_gamma=1.0, d_sr=0.1, fall=0.33)
 # On top of either, for drawn faces: a small network, to learn in minutes.
 SKETCHES = dict(size=32, scale=4, widths=(48, 32, 16), blocks=2, z_shared=1.0, perceptual="pixels",
                 pixel=0.0, warmup=600, tau=0.02, alpha=5.0, lr_g=1e-3, lr_d=1e-3, fall=0.4,
