@@ -407,7 +407,7 @@ class Report:
         minutes = seconds / self.count * (min(end, steps) - step) / 60
         text = "left of the warm-up, z means nothing yet" if step < warmup else "left"
         text += "".join(f"  {name} {value:.3g}" for name, value in means.items())
-        self.say(f"step {step}  {pace:.1f} images/s  {minutes:.0f} min {text}")
+        self.say(f"step {step}  {pace:.1f} images/s  {minutes:.1f} min {text}")
         self.log_rows.append({"step": step, "images_per_s": pace} | means)
         self.export("log.csv", self.log_rows)
         self.terms, self.count, self.since = {}, 0, time.time()
