@@ -47,6 +47,15 @@ needs_vgg = pytest.mark.skipif(not VGG_FILE.is_file(), reason="VGG-16 is not in 
 
 
 @pytest.fixture(autouse=True)
+def no_downloads(monkeypatch):
+    """Runs on photos score with weights that are at hand, and never fetch them."""
+    if not (HAS_LPIPS and VGG_FILE.is_file()):
+        def absent():
+            raise FileNotFoundError("no weights in TORCH_HOME")
+        monkeypatch.setattr(train, "LPIPS", absent)
+
+
+@pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # these networks are too small to share out
@@ -1210,6 +1219,7 @@ def test_training_goes_on_without_damaged_weights_of_lpips(tmp_path, monkeypatch
     (tmp_path / "checkpoints").mkdir()
     for name in ("alexnet-owt-7be5be79.pth", LPIPS.FILE):
         (tmp_path / "checkpoints" / name).write_bytes(b"<html>")
+    monkeypatch.setattr(train, "LPIPS", LPIPS)
     asked = SimpleNamespace(data="x", device="cpu")
     assert train.find_judges(asked, torch.zeros(3, 3, 32, 32).byte()) == {}
     assert re.search(r"not measured.*alexnet-owt.*damaged: delete that file",
