@@ -1069,7 +1069,7 @@ def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="other holds a run already"):
         train.main(["--resume", str(tmp_path / "mine/last.pt"), "--steps", "3", "--out",
                     str(tmp_path / "other")])
-    with pytest.raises(ValueError, match="last.pt is of step 3: name another --out"):
+    with pytest.raises(ValueError, match="best.pt is of step 2, and .*last.pt of 3 would be"):
         shutil.copytree(tmp_path / "mine", tmp_path / "long")
         train.main(["--resume", str(tmp_path / "long/last.pt"), "--steps", "3", "--device", "cpu"])
         shutil.copy(tmp_path / "mine/last.pt", tmp_path / "long/best.pt")
@@ -1275,7 +1275,8 @@ def test_going_on_from_an_older_checkpoint_takes_another_folder(tmp_path):
     torch.save(content | {"step": 1}, best)
     words = ["--resume", str(best), "--steps", "3", "--device", "cpu", "--out"]
     for more in (words[:-1], words + [str(tmp_path)]):
-        with pytest.raises(ValueError, match="last.pt is of step 2: name another --out"):
+        with pytest.raises(ValueError, match="best.pt is of step 1, and .*last.pt of 2 would be "
+                                             "overwritten: name another --out"):
             train.main(more)
     train.main(words + [str(tmp_path / "new")])
     assert [torch.load(tmp_path / last)["step"] for last in ("last.pt", "new/last.pt")] == [2, 3]

@@ -147,6 +147,7 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
     with amp:  # {"image", "gradient"}: lists over resolutions of (3B, 3, ., .); B in the warm-up
         made = nets.G(lr.repeat(len(z) // B, 1, 1, 1), z)
     image = made["image"][-1]  # C17: (6)-(8) and F see the finest alone     # (3B, 3, H, W)
+    edges = image_gradient(image)                                            # (3B, 3, H, W)
     terms, l_z = {}, 0.0
     adv_sr = adv_h = {"image": 0.0, "gradient": 0.0}
     if playing:
@@ -156,11 +157,10 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
         terms = update_discriminators(nets, amp, config, real, fake, F, step)
         adv_sr, adv_h = adversarial_losses(nets, amp, fake, F)
         apart = {"branch": made.get("gradient"), "image": made["image"],     # D10
-                 "gradient": [image_gradient(image)]}[config.explore][-1]
+                 "gradient": [edges]}[config.explore][-1]
         _, g1, g2 = apart.chunk(3)                                           # (B, 3, H, W) each
         l_z = diversity_loss(g1, g2, z1, z2, config.tau)
         terms |= dict(L_z=l_z, image_moves=(image[B:2 * B] - image[2 * B:]).abs() * 127.5)
-
     # G step: minimise (10) for z = 0 plus (11) for z1, against the D just improved.
     with amp:
         l_percp = perceptual(image[:B], hr)
@@ -168,7 +168,7 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
     l_grad = tie = torch.zeros((), device=hr.device)
     if "gradient" in made:
         l_grad = gradient_loss(made["gradient"][-1][:B], real["gradient"][-1])
-        tie = gradient_loss(made["gradient"][-1], image_gradient(image))     # D4
+        tie = gradient_loss(made["gradient"][-1], edges)                     # D4
     recons = reconstruction_loss(l_percp, l_grad, adv_sr["gradient"], adv_sr["image"],
                                  config.gamma, config.beta)
     halluc = hallucination_loss(adv_h["gradient"], adv_h["image"], l_z, config.alpha)
@@ -226,8 +226,7 @@ def descend(optimizer, loss: torch.Tensor):
 
 
 class Networks:
-    """G, its running average, D_I, D_g and the two optimisers: all that a checkpoint holds."""
-
+    """G, its running average, D_I, D_g and the two optimisers: what a step changes."""
     def __init__(self, config: Config, device):
         torch.manual_seed(config.seed)
         shape, branch = (config.widths, config.scale, config.d_blocks), config.explore == "branch"
@@ -342,7 +341,6 @@ def batch_at(faces: torch.Tensor, config: Config, step: int, device) -> tuple:
 
 class Report:
     """All that happens beside the loop. It reads the device only when a line is due."""
-
     def __init__(self, config: Config, arguments, nets: Networks, faces, valid, content):
         self.config, self.arguments, self.nets = config, arguments, nets
         self.out = self.claim(arguments)
@@ -568,8 +566,10 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
         known, base = RUN.keys() | asdict(Config()).keys(), content["run"] | content["config"]
         require(known == base.keys(), f"{path} is of another version: go on with that one")
         last = Path(said.out or path.parent, "last.pt")
-        latest = load_checkpoint(last).get("step", 0) if last.is_file() else 0
-        require(content["step"] >= latest, f"{last} is of step {latest}: name another --out")
+        other = last.is_file() and not last.samefile(path)
+        latest = load_checkpoint(last).get("step", 0) if other else 0
+        require(content["step"] >= latest, f"{path} is of step {content['step']}, and {last} of "
+                                           f"{latest} would be overwritten: name another --out")
     parser.set_defaults(**base)
     arguments = parser.parse_args(words)
     arguments.widths = tuple(arguments.widths)
