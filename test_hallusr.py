@@ -826,10 +826,10 @@ def test_the_first_steps_teach_reconstruction_alone(tmp_path):
     assert notes == ["step 3 is within the warm-up of 3: z means nothing yet", ""]
 
 
-def loss_of_d(D, real, fakes, excess, r1_weight):
+def loss_of_d(D, real, fakes, excess, r1_weight, d_sr):
     """-log D(real) - log(1 - D(fake)) + R1, one image at a time; excess is None for D_g."""
     none = None if excess is None else torch.zeros_like(excess[0][:1])
-    loss, share = 0.0, (0.25 / 1.25, 1 / 1.25)  # d_sr
+    loss, share = 0.0, (d_sr / (1 + d_sr), 1 / (1 + d_sr))
     for n in range(2):
         pictures = [picture[n:n + 1].detach().requires_grad_() for picture in real]
         logits = D(pictures, none)
@@ -852,8 +852,11 @@ def assert_left(module, gradients):
 @pytest.mark.parametrize("explore", ["branch", "gradient", "image"])
 @pytest.mark.parametrize("step, every, times", [(5, 1, 1), (7, 1, 1), (8, 4, 4), (7, 4, 0),
                                                 (4, 1, None)])  # the last is of the warm-up
-def test_a_step_of_both_players_goes_down_their_losses(explore, step, every, times):
-    config = Config(**TINY, gamma=2.0, beta=0.5, d_sr=0.25, alpha=3.0, tie=3.0, pixel=5.0, eps=0.3,
+@pytest.mark.parametrize("beta, d_sr, judged", [(0.5, 0.25, 4), (0.5, 0.0, 4), (0.0, 0.25, 4),
+                                                (0.0, 0.0, 2)])
+def test_a_step_of_both_players_goes_down_their_losses(explore, step, every, times, beta, d_sr,
+                                                       judged):
+    config = Config(**TINY, gamma=2.0, beta=beta, d_sr=d_sr, alpha=3.0, tie=3.0, pixel=5.0, eps=0.3,
                     warmup=5,
                     r1_gamma=6.0, r1_every=every, explore=explore, lr_g=1e-30, lr_d=1e-3)
     nets, playing, edges = train.Networks(config, "cpu"), times is not None, hallusr.image_gradient
@@ -870,15 +873,18 @@ def test_a_step_of_both_players_goes_down_their_losses(explore, step, every, tim
     l_z = torch.stack([(a - b).abs().mean() / ((y - z).abs().mean() + 1e-5)
                        for a, b, y, z in zip(seen(h1), seen(h2), z1, z2)])
     config = replace(config, tau=l_z.mean().item())  # one of the two is cut
-    before = copy.deepcopy(nets.D)
+    before, sizes = copy.deepcopy(nets.D), []
+    hook = nets.D["image"].register_forward_hook(lambda _, __, logits: sizes.append(len(logits)))
     terms = train.training_step(nets, torch.nn.L1Loss(), contextlib.nullcontext(), config, hr, z1,
                                 z2, step)
+    hook.remove()
+    assert sizes == ([2 + judged, *[2] * bool(times), judged] if playing else [])  # for D, R1, G
     for (domain, D), old in zip(nets.D.items(), before.values()):
         assert torch.equal(D.to_logits.weight, old.to_logits.weight) != playing
         if playing:
             batch = real[domain], [sr[domain], h1[domain]], F if domain == "image" else None
-            loss = loss_of_d(old, *batch, times * 6 / 2)
-            assert loss_of_d(D, *batch, times * 6 / 2) < loss
+            loss = loss_of_d(old, *batch, times * 6 / 2, d_sr)
+            assert loss_of_d(D, *batch, times * 6 / 2, d_sr) < loss
             assert_left(D, torch.autograd.grad(loss, list(old.parameters())))
             logits = old(h1[domain], F[1] if domain == "image" else None)
             torch.testing.assert_close(terms[f"D_{domain}_fake"], logits)  # without SR's
@@ -894,7 +900,7 @@ def test_a_step_of_both_players_goes_down_their_losses(explore, step, every, tim
         ties = [(x["gradient"][-1] - edges(x["image"][-1])).abs().mean() for x in made]
         loss = loss + 3 * (sum(ties) / 3 if playing else ties[0])
     if playing:
-        loss = loss + 0.5 * adversarial(sr, 0)                                      # (10)
+        loss = loss + beta * adversarial(sr, 0)                                     # (10)
         loss = loss + adversarial(h1, 1) - 3 * l_z.clamp(max=config.tau).mean()     # (11)
     assert_left(nets.G, torch.autograd.grad(loss, list(nets.G.parameters())))
 

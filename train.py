@@ -151,11 +151,13 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
     terms, l_z = {}, 0.0
     adv_sr = adv_h = {"image": 0.0, "gradient": 0.0}
     if playing:
-        # D judges SR and z1 (S3, C10), 2B images; z2 is there for the distance in (8).
-        fake = {domain: [picture[:2 * B] for picture in made[domain]] for domain in made}
-        F = excess(fake["image"][-1], lr.repeat(2, 1, 1, 1), config.eps)     # (2B, 3, h, w)
+        # D judges z1 and, where that counts for either player (D12), SR (S3, C10): J = B or 2B
+        # images. z2 is there for the distance in (8).
+        judged = slice(0 if config.beta or config.d_sr else B, 2 * B)
+        fake = {domain: [picture[judged] for picture in made[domain]] for domain in made}
+        F = excess(image[judged], lr.repeat(3, 1, 1, 1)[judged], config.eps) # (J, 3, h, w)
         terms = update_discriminators(nets, amp, config, real, fake, F, step)
-        adv_sr, adv_h = adversarial_losses(nets, amp, fake, F)
+        adv_sr, adv_h = adversarial_losses(nets, amp, fake, F, B)
         apart = {"branch": made.get("gradient"), "image": made["image"],     # D10
                  "gradient": [edges]}[config.explore][-1]
         _, g1, g2 = apart.chunk(3)                                           # (B, 3, H, W) each
@@ -178,19 +180,20 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
 
 def update_discriminators(nets, amp, config: Config, real, fake, F, step: int) -> dict:
     """D step: minimise -log D(real) - log(1 - D(fake)) and R1, for D_I and D_g."""
-    none = torch.zeros_like(F[:len(F) // 2])
+    B = len(real["image"][-1])
+    none = torch.zeros_like(F[:B])
     given = {"image": torch.cat([none, F.detach()]), "gradient": None}  # 3.1: D_I alone gets F
     loss, terms = 0.0, {"excess": F}
     for domain, D in nets.D.items():
         # Real and fake in one batch, at every resolution; nothing of it flows back to G.
         both = [torch.cat([r, f.detach()]) for r, f in zip(real[domain], fake[domain])]
         with amp:
-            logits = D(both, given[domain]).float()                          # (3B, 1, h, w)
-        real_logits, sr, h = logits.chunk(3)
+            logits = D(both, given[domain]).float()                          # (B + J, 1, h, w)
+        real_logits, *sr, h = logits.split(B)
         # D12: SR may count as it does for G, beta to 1; at 1 to 1 hallucinations make up for what
         # SR lacks, and all wear the glasses that SR never wears.
-        loss = loss + (discriminator_loss(real_logits, h)
-                       + config.d_sr * discriminator_loss(real_logits, sr)) / (1 + config.d_sr)
+        against_sr = sum(config.d_sr * discriminator_loss(real_logits, part) for part in sr)
+        loss = loss + (discriminator_loss(real_logits, h) + against_sr) / (1 + config.d_sr)
         terms |= {f"D_{domain}_real": real_logits, f"D_{domain}_fake": h}
         if step % config.r1_every == 0:  # D2: seldom, but then with the weight of all steps
             pictures = [picture.detach().requires_grad_() for picture in real[domain]]
@@ -202,14 +205,15 @@ def update_discriminators(nets, amp, config: Config, real, fake, F, step: int) -
     return terms
 
 
-def adversarial_losses(nets, amp, fake, F) -> tuple[dict, dict]:
-    """L_adv of G: {domain: loss} for the reconstructions, and for the hallucinations."""
+def adversarial_losses(nets, amp, fake, F, B: int) -> tuple[dict, dict]:
+    """L_adv of G: {domain: loss} for the reconstructions (0 unjudged), for the B hallucinations."""
     sr, h = {"gradient": 0.0}, {"gradient": 0.0}  # so without the branch, and so without D_g
     nets.D.requires_grad_(False)  # G needs the slope through D, nobody needs D's own now
     for domain, D in nets.D.items():
         with amp:
             logits = D(fake[domain], F if domain == "image" else None).float()
-        sr[domain], h[domain] = (generator_loss(half) for half in logits.chunk(2))
+        *of_sr, h[domain] = (generator_loss(part) for part in logits.split(B))
+        sr[domain] = sum(of_sr)
     nets.D.requires_grad_(True)
     return sr, h
 
@@ -613,7 +617,8 @@ def main(words=None):
     print(f"{len(faces)} faces of {config.size}x{config.size} to train on"
           + f" ({before} before)" * (before != len(faces)) + f", {len(valid)} to validate on; "
           f"{arguments.device}, {'bfloat16' if arguments.amp else 'float32'}")
-    train(config, arguments, perceptual.to(arguments.device), faces, valid, content)
+    perceptual.to(arguments.device, memory_format=torch.channels_last)  # as the networks
+    train(config, arguments, perceptual, faces, valid, content)
 
 
 if __name__ == "__main__":
