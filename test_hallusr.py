@@ -1368,6 +1368,15 @@ def test_every_setting_is_a_flag_that_overrides_the_preset(capsys):
     assert ended.value.code == 0 and "--z-shared" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("half, full, chosen", [(1.0, 2.4, True), (2.0, 1.0, False),
+                                                (1.0, 1.2, False)])  # too little to lose digits
+def test_bfloat16_is_chosen_where_the_processor_is_faster_in_it(half, full, chosen, monkeypatch):
+    seconds = {torch.bfloat16: half, torch.float32: full}
+    monkeypatch.setattr(train.timeit, "repeat", lambda work, number: [9, seconds[work().dtype]])
+    assert train.prepare(["--device", "cpu"])[0].amp == chosen
+    assert not train.prepare(["--device", "cpu", "--no-amp"])[0].amp
+
+
 @pytest.mark.parametrize("flags, expected", [
     ("", []), ("--blocks 4", ["blocks 4 (paper: 8)"]),
     ("--alpha 4 --eps 5 --batch 32", ["alpha 4 (paper: 1)", "eps 5 (paper: 0.1)",
