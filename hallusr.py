@@ -201,6 +201,7 @@ def pretrained_features(build, weights, end: int) -> nn.Sequential:
     wanted = {name: "features." + name for name in features.state_dict()}
     state = cached_weights(weights.url, wanted.values())
     features.load_state_dict({name: state[wanted[name]] for name in wanted}, assign=True)
+    features.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
     return features.eval().requires_grad_(False)
 
 

@@ -13,7 +13,6 @@ if __name__ == "__main__":  # until there is something to save, Ctrl-C just ends
 
 import argparse
 import copy
-import itertools
 import math
 import os
 import shlex
@@ -27,12 +26,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism,
-                     check_architecture, discriminator_loss, diversity_loss, downscale, draw_z,
-                     excess, from_levels, generator_loss, gradient_loss, hallucination_loss,
-                     image_gradient, load_checkpoint, load_weights, project_onto_lr, pyramid,
-                     quantize, r1_penalty, reconstruction_loss, require, sample, save_checkpoint,
-                     std_map, to_levels, whole_file)
+from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism, check_architecture,
+                     discriminator_loss, diversity_loss, downscale, draw_z, excess, from_levels,
+                     generator_loss, gradient_loss, hallucination_loss, image_gradient,
+                     load_checkpoint, load_weights, project_onto_lr, pyramid, quantize, r1_penalty,
+                     reconstruction_loss, require, sample, save_checkpoint, std_map, to_levels,
+                     whole_file)
 from sample import (FolderFaces, contact_sheet, count, evaluate, find_device, run_as_script,
                     spread_out, stack, summarize, write_image)
 
@@ -152,12 +151,11 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
     terms, l_z = {}, 0.0
     adv_sr = adv_h = {"image": 0.0, "gradient": 0.0}
     if playing:
-        # D judges z1 and, where that counts for either player (D12), SR (S3, C10): J = B or 2B
-        # images. z2 is there for the distance in (8).
+        # D judges z1, and SR where it counts (S3, C10, D12): J = B or 2B. z2 serves (8) alone.
         judged = slice(0 if config.beta or config.d_sr else B, 2 * B)
         fake = {domain: [picture[judged] for picture in made[domain]] for domain in made}
         F = excess(image[judged], lr.repeat(3, 1, 1, 1)[judged], config.eps) # (J, 3, h, w)
-        terms = update_discriminators(nets, amp, config, real, fake, F, step)
+        terms = update_discriminators(nets, amp, config, real, fake, F, B, step)
         adv_sr, adv_h = adversarial_losses(nets, amp, fake, F, B)
         apart = {"branch": made.get("gradient"), "image": made["image"],     # D10
                  "gradient": [edges]}[config.explore][-1]
@@ -179,9 +177,8 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
     return terms | dict(L_percp=l_percp, L_grad=l_grad, L_pixel=l_pixel, tie=tie)
 
 
-def update_discriminators(nets, amp, config: Config, real, fake, F, step: int) -> dict:
+def update_discriminators(nets, amp, config: Config, real, fake, F, B: int, step: int) -> dict:
     """D step: minimise -log D(real) - log(1 - D(fake)) and R1, for D_I and D_g."""
-    B = len(real["image"][-1])
     none = torch.zeros_like(F[:B])
     given = {"image": torch.cat([none, F.detach()]), "gradient": None}  # 3.1: D_I alone gets F
     loss, terms = 0.0, {"excess": F}
@@ -191,8 +188,7 @@ def update_discriminators(nets, amp, config: Config, real, fake, F, step: int) -
         with amp:
             logits = D(both, given[domain]).float()                          # (B + J, 1, h, w)
         real_logits, *sr, h = logits.split(B)
-        # D12: SR may count as it does for G, beta to 1; at 1 to 1 hallucinations make up for what
-        # SR lacks, and all wear the glasses that SR never wears.
+        # D12: at 1 to 1 hallucinations make up for what SR lacks, and all wear its missing glasses.
         against_sr = sum(config.d_sr * discriminator_loss(real_logits, part) for part in sr)
         loss = loss + (discriminator_loss(real_logits, h) + against_sr) / (1 + config.d_sr)
         terms |= {f"D_{domain}_real": real_logits, f"D_{domain}_fake": h}
@@ -400,7 +396,7 @@ class Report:
     def log(self, step: int):
         """One line and one CSV row. Raises FloatingPointError, naming the term, at NaN or Inf."""
         means = {name: torch.stack(terms).mean().item() for name, terms in self.terms.items()}
-        weights = itertools.chain(self.nets.G.parameters(), self.nets.D.parameters())
+        weights = [*self.nets.G.parameters(), *self.nets.D.parameters()]
         total = sum(weight.detach().sum() for weight in weights).item()
         for name, value in (means | {"a weight": total}).items():
             if not math.isfinite(value):
@@ -417,7 +413,7 @@ class Report:
 
     def export(self, name: str, rows: list[dict]):
         """All rows as a CSV table, whole or not at all. Nothing reads it back."""
-        names = list(dict.fromkeys(itertools.chain(*rows)))
+        names = list(dict.fromkeys(key for row in rows for key in row))
         lines = [names] + [[str(row.get(key, "")) for key in names] for row in rows]
         with whole_file(self.out / name) as temporary:
             temporary.write_text("".join(",".join(line) + "\n" for line in lines))
@@ -488,8 +484,7 @@ def calibration(samples: torch.Tensor, sr: torch.Tensor, truth: torch.Tensor) ->
     """Do samples (K, N, 3, H, W) show the four possibilities (4, N, 3, H, W), cleanly and evenly?
 
     A sample is clean when its error to its nearest possibility is at most twice (3 dB) that of sr
-    (N, 3, H, W). Noise, blur, or one answer for all, wins neither PSNR, nor a row of clean samples,
-    nor the place of the spread; the other rows are to be read beside these.
+    (N, 3, H, W). Noise, blur, one answer for all: none wins PSNR, clean samples or spread's place.
     """
     def error(images):  # (..., N, 3, H, W) -> (4, ..., N), mean squared, in grey levels
         return torch.stack([(to_levels(images) - to_levels(one)).square().mean((-3, -2, -1))
@@ -582,19 +577,12 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
     done = content["step"] if content else 0
     require(done < config.steps, f"{said.resume} has its {done} steps already: raise --steps")
     arguments.device = find_device(arguments.device)
-    if arguments.amp is None:
-        arguments.amp = faster_in_bfloat16(arguments.device)
+    if arguments.amp is None:  # a GPU is asked, a CPU timed: some have it and are slower in it
+        squares = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+        half, full = (min(timeit.repeat(lambda: a @ a, number=1)) for a in squares)
+        arguments.amp = (torch.cuda.is_bf16_supported(including_emulation=False)
+                         if arguments.device == "cuda" else 1.5 * half < full)
     return arguments, config, content
-
-
-def faster_in_bfloat16(device: str) -> bool:
-    """A GPU says so itself; a CPU is timed: of two that have it, one took half the time, one twice.
-    """
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    factors = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
-    half, full = (min(timeit.repeat(lambda: a @ a, number=1)) for a in factors)
-    return 1.5 * half < full
 
 
 def join_processes(arguments, config: Config):
@@ -625,8 +613,7 @@ def main(words=None):
     print(f"{len(faces)} faces of {config.size}x{config.size} to train on"
           + f" ({before} before)" * (before != len(faces)) + f", {len(valid)} to validate on; "
           f"{arguments.device}, {'bfloat16' if arguments.amp else 'float32'}")
-    perceptual.to(arguments.device, memory_format=torch.channels_last)  # as the networks
-    train(config, arguments, perceptual, faces, valid, content)
+    train(config, arguments, perceptual.to(arguments.device), faces, valid, content)
 
 
 if __name__ == "__main__":
