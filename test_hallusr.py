@@ -1359,8 +1359,8 @@ def test_every_setting_is_a_flag_that_overrides_the_preset(capsys):
     assert config.widths == (9, 8, 7, 6)
     assert settings_of("--data x --preset paper") == Config()
     recommended = [found.split()[0] for found in train.deviations(settings_of("--data x"))]
-    assert sorted(recommended) == ["d_blocks", "d_sr", "fall", "hard_consistency", "lr_d", "lr_g",
-                                   "pixel", "r1_every", "tie", "warmup", "z_shared"]
+    assert sorted(recommended) == ["beta", "d_blocks", "d_sr", "fall", "gamma", "hard_consistency",
+                                   "lr_d", "lr_g", "pixel", "r1_every", "tie", "warmup", "z_shared"]
     drawn = settings_of("--alpha 3")
     assert (drawn.perceptual, drawn.alpha, drawn.tie) == ("pixels", 3.0, 1.0)
     with pytest.raises(SystemExit) as ended:

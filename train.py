@@ -55,8 +55,8 @@ class Config:
     hard_consistency: bool = setting(False, "(9), (12)", "make DS(image) = LR inside G (D3)")
     explore: str = setting("branch", "(8)", "L_z's: G's branch; without it gradient or image (D10)")
     perceptual: str = setting("relu2_2", "open", "VGG-16 layer of (6), or 'pixels' (C16, D6)")
-    gamma: float = setting(10.0, "section 4.1", "weight of perceptual and gradient loss in (10)")
-    beta: float = setting(0.1, "section 4.1", "weight of the adversarial losses in (10)")
+    gamma: float = setting(10.0, "section 4.1", "weight of (6) and (7) in (10) (D13)")
+    beta: float = setting(0.1, "section 4.1", "weight of the adversarial losses in (10) (D13)")
     d_sr: float = setting(1.0, "section 2.3", "weight of SR beside z1's image in D's loss (D12)")
     alpha: float = setting(1.0, "section 4.1", "weight of the diversity loss in (11)")
     tau: float = setting(1.0, "open", "ceiling of the diversity loss (8) (C3)", 1e-6)
@@ -88,12 +88,12 @@ class Config:
 
 # What to change for a run of hours on two CPU cores: deviations, and choices where it is open.
 RECOMMENDED = dict(z_dim=4, z_shared=0.7, r1_every=16, hard_consistency=True, tie=1.0, lr_g=5e-4,
-                   lr_d=5e-4, pixel=50.0, warmup=3000, d_blocks=2, perceptual="relu3_3", tau=0.08,
-                   r1_gamma=1.0, d_sr=0.1, fall=0.33)
+                   lr_d=5e-4, gamma=2.0, beta=0.0, d_sr=0.0, pixel=10.0, warmup=3000, d_blocks=2,
+                   perceptual="relu3_3", tau=0.08, r1_gamma=1.0, fall=0.33)
 # On top of either, for drawn faces: a small network, to learn in minutes.
 SKETCHES = dict(size=32, scale=4, widths=(48, 32, 16), blocks=2, z_shared=1.0, perceptual="pixels",
-                pixel=0.0, warmup=600, tau=0.02, alpha=5.0, lr_g=1e-3, lr_d=1e-3, fall=0.4,
-                steps=2500)
+                gamma=10.0, beta=0.1, d_sr=0.1, pixel=0.0, warmup=600, tau=0.02, alpha=5.0,
+                lr_g=1e-3, lr_d=1e-3, fall=0.4, steps=2500)
 
 
 def deviations(config: Config) -> list[str]:
