@@ -27,7 +27,7 @@ number of samples, C a number of channels, C0 = widths[0] the one at LR size)
 
 What G makes and D judges are lists over resolutions, from coarse (2h x 2w) to fine. Where the code
 is not the print, the line says so: S1-S7 correct slips, C1-C23 fill silences, D1-D13 are
-deviations, each a setting that `--preset paper` leaves off. The README lists them all.
+deviations, each a setting; `--preset paper --data` has none. The README lists them all.
 
 Copying: "Needs" in a docstring lists the names that belong to a piece; what is called require... or
 check... only raises clear errors, and can be left out.

@@ -67,7 +67,7 @@ class Config:
     r1_gamma: float = setting(10.0, "open", "R1's weight; another gamma than (10)'s (C12)")
     r1_every: int = setting(1, "section 2.3", "steps from one R1 penalty to the next (D2)", 1)
     lr_g: float = setting(1e-4, "section 4.1", "Adam's learning rate for G (D5)")
-    lr_d: float = setting(4e-4, "open", "Adam's learning rate for D_I and D_g: TTUR (C13)")
+    lr_d: float = setting(4e-4, "open", "Adam's learning rate for D_I and D_g (C13, D5)")
     fall: float = setting(0.0, "section 4.1", "last share of steps; rates fall (D11)", 0, 1)
     ema: float = setting(0.999, "open", "decay of the running average of G (C14)", 0, 0.999_999)
     batch: int = setting(8, "section 4.1", "faces per step", 1)
@@ -151,7 +151,7 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
     terms, l_z = {}, 0.0
     adv_sr = adv_h = {"image": 0.0, "gradient": 0.0}
     if playing:
-        # D judges z1, and SR where it counts (S3, C10, D12): J = B or 2B. z2 serves (8) alone.
+        # D judges z1, never z2; SR too where beta or d_sr is not 0 (S3, C10, D12, D13): J = B, 2B.
         judged = slice(0 if config.beta or config.d_sr else B, 2 * B)
         fake = {domain: [picture[judged] for picture in made[domain]] for domain in made}
         F = excess(image[judged], lr.repeat(3, 1, 1, 1)[judged], config.eps) # (J, 3, h, w)
@@ -187,8 +187,8 @@ def update_discriminators(nets, amp, config: Config, real, fake, F, B: int, step
         both = [torch.cat([r, f.detach()]) for r, f in zip(real[domain], fake[domain])]
         with amp:
             logits = D(both, given[domain]).float()                          # (B + J, 1, h, w)
-        real_logits, *sr, h = logits.split(B)
-        # D12: at 1 to 1 hallucinations make up for what SR lacks, and all wear its missing glasses.
+        real_logits, *sr, h = logits.split(B)  # sr: [] where J = B
+        # D12: a mean, SR d_sr to 1. At 1 to 1 all hallucinations wore the glasses that SR lacked.
         against_sr = sum(config.d_sr * discriminator_loss(real_logits, part) for part in sr)
         loss = loss + (discriminator_loss(real_logits, h) + against_sr) / (1 + config.d_sr)
         terms |= {f"D_{domain}_real": real_logits, f"D_{domain}_fake": h}
@@ -203,7 +203,7 @@ def update_discriminators(nets, amp, config: Config, real, fake, F, B: int, step
 
 
 def adversarial_losses(nets, amp, fake, F, B: int) -> tuple[dict, dict]:
-    """L_adv of G: {domain: loss} for the reconstructions (0 unjudged), for the B hallucinations."""
+    """L_adv of G: {domain: loss}, for SR (0 where D sees none) and for the B hallucinations."""
     sr, h = {"gradient": 0.0}, {"gradient": 0.0}  # so without the branch, and so without D_g
     nets.D.requires_grad_(False)  # G needs the slope through D, nobody needs D's own now
     for domain, D in nets.D.items():
@@ -538,7 +538,7 @@ def flags() -> argparse.ArgumentParser:
     run("--resume", help="go on from this last.pt, with its data and its settings")
     run("--preset", choices=("recommended", "paper"), help="for hours (default), or as printed")
     run("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    run("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: if faster)")
+    run("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: if it pays)")
     for name, what in (("sketches", "faces to draw"), ("val-faces", "faces to validate on"),
                        ("val-every", "steps between scores"), ("log-every", "between log lines")):
         run("--" + name, type=count, help=f"{what} (default: {RUN[name.replace('-', '_')]})")
@@ -577,7 +577,7 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
     done = content["step"] if content else 0
     require(done < config.steps, f"{said.resume} has its {done} steps already: raise --steps")
     arguments.device = find_device(arguments.device)
-    if arguments.amp is None:  # a GPU is asked, a CPU timed: some have it and are slower in it
+    if arguments.amp is None:  # C22: a GPU is asked, a CPU timed: some have it but are slower
         squares = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
         half, full = (min(timeit.repeat(lambda: a @ a, number=1)) for a in squares)
         arguments.amp = (torch.cuda.is_bf16_supported(including_emulation=False)
