@@ -475,9 +475,8 @@ def find_judges(arguments, photographs: torch.Tensor) -> dict:
 def possibilities(count: int, size: int, seed: int = 2) -> torch.Tensor:
     """The faces behind each LR, (4, count, 3, size, size): both smile and glasses, ..., neither."""
     shared = torch.rand(count, 9, generator=torch.Generator().manual_seed(seed))
-    kinds = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
     return torch.stack([draw_faces(torch.cat([shared, kind.expand(count, 2)], 1), size)
-                        for kind in kinds])
+                        for kind in torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])])
 
 
 def calibration(samples: torch.Tensor, sr: torch.Tensor, truth: torch.Tensor) -> dict:
@@ -566,8 +565,7 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
         known, base = RUN.keys() | asdict(Config()).keys(), content["run"] | content["config"]
         require(known == base.keys(), f"{path} is of another version: go on with that one")
         last = Path(said.out or path.parent, "last.pt")
-        other = last.is_file() and not last.samefile(path)
-        latest = load_checkpoint(last).get("step", 0) if other else 0
+        latest = load_checkpoint(last).get("step", 0) if last.is_file() else 0
         require(content["step"] >= latest, f"{path} is of step {content['step']}, and {last} of "
                                            f"{latest} would be overwritten: name another --out")
     parser.set_defaults(**base)
@@ -614,6 +612,8 @@ def main(words=None):
           + f" ({before} before)" * (before != len(faces)) + f", {len(valid)} to validate on; "
           f"{arguments.device}, {'bfloat16' if arguments.amp else 'float32'}")
     train(config, arguments, perceptual.to(arguments.device), faces, valid, content)
+    if dist.is_initialized():
+        dist.destroy_process_group()  # or gloo's threads can abort a process that has ended
 
 
 if __name__ == "__main__":
