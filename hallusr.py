@@ -299,14 +299,14 @@ def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
 
 
 def r1_penalty(logits: torch.Tensor, images: list[torch.Tensor]) -> torch.Tensor:
-    """R1: squared length of D's gradient at real images; weigh it gamma/2.
+    """R1: squared length of D's slope at real images; weigh it by half its gamma, not (10)'s.
 
     logits (N, 1, h, w) of real images, which must have requires_grad set -> scalar >= 0, itself
     differentiable. Keeps D from becoming steep around the data, where it would throw G back and
     forth. Source: section 2.3, Mescheder et al.
     """
     # C12: an image's logit is the mean of its map (for the sum, R1 would be (h w)^2 times as
-    # large), and its gradient that to all resolutions together, not to F.
+    # large); the slope is that with respect to all resolutions together, not to F.
     per_image = logits.mean((1, 2, 3))                                     # (N,)
     gradients = torch.autograd.grad(per_image.sum(), images, create_graph=True)
     return sum(gradient.square().sum((1, 2, 3)).mean() for gradient in gradients)
@@ -328,8 +328,8 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 0.1) -> torch.Ten
     """F of (12): by how many grey levels the shrunken image misses LR, beyond eps.
 
     (N, 3, H, W) unbounded, (N, 3, h, w) on 8-bit levels -> (N, 3, h, w), >= 0; zero for the true
-    HR image. The gradient passes the rounding (see quantize). Needs: quantize, downscale,
-    scale_between. Raises ValueError when the sizes do not fit, or eps < 0.
+    HR image, and for all of G's with D3. The slope passes the rounding, see quantize. Needs:
+    quantize, downscale, scale_between. Raises ValueError when the sizes do not fit, or eps < 0.
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
     shrunk = quantize(downscale(image, scale_between(image, lr)))          # (N, 3, h, w)
@@ -538,7 +538,7 @@ class Discriminator(nn.Module):
         self.down_blocks = nn.ModuleList(DownBlock(*pair) for pair in pairs)
         self.trunk = nn.Sequential(*(ResidualBlock(widths[0]) for _ in range(blocks - 1)))
         self.last_block = ResidualBlock(widths[0] + excess_channels)       # C21
-        self.to_logits = nn.Conv2d(widths[0] + excess_channels, 1, 3, padding=1)
+        self.to_logits = nn.Conv2d(widths[0] + excess_channels, 1, 3, padding=1)  # C7
 
     def forward(self, pictures, excess=None):
         require(len(pictures) == len(self.down_blocks),
@@ -672,12 +672,12 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b) -> torch.Tensor:
 
 
 class Realism(nn.Module):
-    """Does this look like a photograph? 0 for the same photographs, a few hundred for a blur.
+    """Does this look like a photograph? 0 for the same photographs, thousands for a blur.
 
     forward(images (N, 3, H, W)) -> scalar: Fréchet distance of VGG-16 features (relu3_3) to those
     of `photographs` (M, 3, H, W), in each of 4x4 regions, then the mean; [-1, 1], sides of 16 or
-    more. A region holds an eye: one that is torn shows here, and hardly in PSNR or LPIPS. Few
-    images score worse than many: compare equal N, equal M, and aligned faces.
+    more. A region holds an eye; but a missing detail costs more than a torn one, so look as well.
+    Few images score worse than many: compare equal N, equal M, and aligned faces.
     Needs: PerceptualLoss, frechet_distance, quantize. Raises ValueError for fewer than 2 images.
     """
 
