@@ -4,7 +4,7 @@
     python train.py --data FOLDER        any folder tree of images
 
 Writes into --out: last.pt and best.pt (checkpoints), grid.png (look at it), log.csv, valid.csv.
-Stop it with Ctrl-C at any time; `python train.py --resume OUT/last.pt` goes on exactly.
+Stop it with Ctrl-C at any time; `python train.py --resume OUT/last.pt` goes on from there.
 """
 import signal
 
