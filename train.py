@@ -565,7 +565,7 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
         known, base = RUN.keys() | asdict(Config()).keys(), content["run"] | content["config"]
         require(known == base.keys(), f"{path} is of another version: go on with that one")
         last = Path(said.out or path.parent, "last.pt")
-        latest = load_checkpoint(last).get("step", 0) if last.is_file() else 0
+        latest = load_checkpoint(last).get("step", 0) if last != path and last.is_file() else 0
         require(content["step"] >= latest, f"{path} is of step {content['step']}, and {last} of "
                                            f"{latest} would be overwritten: name another --out")
     parser.set_defaults(**base)
