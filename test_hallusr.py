@@ -954,6 +954,16 @@ def test_realism_decides_what_is_best_where_it_is_measured(tmp_path, monkeypatch
     assert torch.load(tmp_path / "best.pt")["step"] == 4
 
 
+def test_scores_of_another_number_of_faces_do_not_decide_what_is_best(tmp_path, monkeypatch):
+    values = iter([20.0, 30.0, 25.0, 27.0, 26.0])  # PSNR after 2, 4, 6, 8 and 10 steps
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(train, "summarize", lambda _: {"SR": {"psnr": next(values)}})
+    run_training(tmp_path, "--steps", "4")
+    train.main(["--resume", str(tmp_path / "last.pt"), "--val-faces", "3", "--steps", "10",
+                "--device", "cpu"])
+    assert torch.load(tmp_path / "best.pt")["step"] == 8
+
+
 def test_a_table_has_every_column_any_row_has(tmp_path):
     train.Report.export(SimpleNamespace(out=tmp_path), "log.csv",
                         [{"step": 1, "a": 0.5}, {"step": 2, "b": math.inf}])

@@ -425,15 +425,15 @@ class Report:
         for name, scores in rows.items():
             self.say(f"  {name:13}  " + "  ".join(f"{key} {scores[key]:.3f}" for key in scores))
             row |= {f"{name}_{key}": value for key, value in scores.items()}
-        self.valid_rows.append(row)
+        self.valid_rows.append(row | {"faces": len(self.valid)})
         self.export("valid.csv", self.valid_rows)
         hr = self.valid[:6]
         lr, rng = quantize(downscale(hr, config.scale)), torch.Generator().manual_seed(0)
         z = draw_z((6, config.z_dim, *lr.shape[-2:]), config.z_shared, rng).to(lr.device)
         write_image(contact_sheet(ema, lr, z, hr), self.out / "grid.png")
         name, sign = ("hallucination_realism", -1) if self.judges else ("SR_psnr", 1)
-        marks = [sign * row[name] for row in self.valid_rows
-                 if row["step"] > config.warmup and name in row]
+        marks = [sign * row[name] for row in self.valid_rows if row["step"] > config.warmup
+                 and name in row and row.get("faces") == len(self.valid)]
         if marks and marks[-1] == max(marks):
             self.save("best.pt", step)
         self.since += time.time() - began
