@@ -577,9 +577,10 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
     arguments.device = find_device(arguments.device)
     if arguments.amp is None:  # C22: a GPU is asked, a CPU timed: some have it but are slower
         squares = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
-        seconds = (min(timeit.repeat(lambda: a @ a, number=1)) for a in squares)  # once asked for
-        arguments.amp = (torch.cuda.is_bf16_supported(including_emulation=False)
-                         if arguments.device == "cuda" else 1.5 * next(seconds) < next(seconds))
+        half, full = (min(timeit.repeat(lambda: a @ a, number=1)) for a in squares)
+        pays = 1.5 * half < full and "RANK" not in os.environ  # torchrun's processes must agree
+        arguments.amp = (pays if arguments.device == "cpu" else
+                         torch.cuda.is_bf16_supported(including_emulation=False))
     return arguments, config, content
 
 
