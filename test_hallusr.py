@@ -1079,7 +1079,7 @@ def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
     run_training(tmp_path / "mine")
     with pytest.raises(ValueError, match="mine holds a run already"):
         run_training(tmp_path / "mine")
-    with pytest.raises(ValueError, match="has its 2 steps already"):
+    with pytest.raises(ValueError, match="last.pt is done: raise --steps"):
         train.main(["--resume", str(tmp_path / "mine/last.pt"), "--device", "cpu"])
     run_training(tmp_path / "other")
     with pytest.raises(ValueError, match="other holds a run already"):

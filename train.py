@@ -572,8 +572,7 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
     arguments = parser.parse_args(words)
     arguments.widths = tuple(arguments.widths)
     config = Config(**{name: getattr(arguments, name) for name in asdict(Config())})
-    done = content["step"] if content else 0
-    require(done < config.steps, f"{said.resume} has its {done} steps already: raise --steps")
+    require(not content or content["step"] < config.steps, f"{said.resume} is done: raise --steps")
     arguments.device = find_device(arguments.device)
     if arguments.amp is None:  # C22: a GPU is asked, a CPU timed: some have it but are slower
         squares = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
