@@ -1463,13 +1463,19 @@ def readme_commands():
                   and "benchmark" not in command)
 
 
+def test_the_readme_makes_the_checkpoints_that_it_names():
+    words = " ".join(readme_commands())
+    named = set(re.findall(r"(\S+)/last\.pt", words))
+    assert named and named <= set(re.findall(r"--out (\S+)", words))
+
+
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_command(command, workplace, tmp_path, monkeypatch, capsys):
     if "train.py" in command:
         flags = TINY_FLAGS if "--resume" not in command else "--steps 3 --device cpu --no-amp"
         command += f" {flags} --out {tmp_path}"
-    elif "--evaluate" in command and not HAS_LPIPS:
-        pytest.skip("LPIPS weights are not in TORCH_HOME")
+    elif "--evaluate" in command and not (HAS_LPIPS and VGG_FILE.is_file()):
+        pytest.skip("the weights of LPIPS or VGG-16 are not in TORCH_HOME")
     command = command.replace("500:1000", "1:3").replace("TRAIN", "more_photos")
     printed = run_here(command, workplace, monkeypatch, capsys)
     assert re.search("written to|grid.png", printed)

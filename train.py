@@ -316,7 +316,7 @@ def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.cat(drawn).split(counts)
     train = FolderFaces(arguments.data, config.size)
     valid = FolderFaces(arguments.val or arguments.data, config.size)
-    if not arguments.val:  # a photo's name decides: one that joins the folder later moves no other
+    if not arguments.val:  # a photo's path decides: one that joins the folder later moves no other
         number = {path: zlib.crc32(bytes(path.relative_to(arguments.data))) for path in train.paths}
         least = min(number.values())  # so that there is one at least
         valid.paths = [path for path, n in number.items() if n % 20 == 0 or n == least]
