@@ -68,7 +68,7 @@ def read_photo(path: str | Path, size: int) -> torch.Tensor:
 class FolderFaces(Dataset):
     """Every image below a folder, centre-cropped and resized: (3, size, size) uint8 each.
 
-    Pictures of a training run, beside its log.csv, are passed over. Raises FileNotFoundError for a
+    A training run's grid.png, beside its last.pt, is passed over. Raises FileNotFoundError for a
     missing folder or one without at least two images.
     """
 
@@ -76,8 +76,8 @@ class FolderFaces(Dataset):
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"no folder {folder}")
         self.paths = sorted(path for path in Path(folder).rglob("*")
-                            if path.suffix.lower() in IMG_EXTENSIONS
-                            and not path.with_name("log.csv").exists())
+                            if path.suffix.lower() in IMG_EXTENSIONS and not
+                            (path.name == "grid.png" and path.with_name("last.pt").exists()))
         self.size = size
         if len(self.paths) < 2:
             raise FileNotFoundError(f"expected at least 2 images ({' '.join(IMG_EXTENSIONS)}) "

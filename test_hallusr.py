@@ -1190,14 +1190,16 @@ def test_a_photo_that_joins_moves_no_other_from_training_to_validation(tmp_path)
     assert 5 < len(held_out) < 30
 
 
-def test_photos_to_validate_on_and_pictures_of_runs_are_not_trained_on(tmp_path):
+def test_photos_to_validate_on_and_grids_of_runs_are_not_trained_on(tmp_path):
     for folder in ("a", "a/val", "a/run"):
         (tmp_path / folder).mkdir()
         for i in range(3):
             (tmp_path / folder / f"{folder[2:]}{i}.png").touch()
-    (tmp_path / "a/run/log.csv").touch()
+    for name in ("run/grid.png", "run/last.pt", "run/log.csv", "grid.png"):
+        (tmp_path / "a" / name).touch()
+    photos = {"0.png", "1.png", "2.png", "run0.png", "run1.png", "run2.png", "grid.png"}
     assert load_names(tmp_path / "a", "--val", str(tmp_path / "a/val")) == [
-        {"0.png", "1.png", "2.png"}, {"val0.png", "val1.png", "val2.png"}]
+        photos, {"val0.png", "val1.png", "val2.png"}]
     with pytest.raises(ValueError, match="are among those to validate on"):
         load_names(tmp_path / "a", "--val", str(tmp_path / "a"))
 
