@@ -275,6 +275,8 @@ def write_samples(generator, path: str, arguments):
                "std": std_map(samples[1:, None]) / 32 - 1}  # white: 64 grey levels
     folder = Path(arguments.out) / Path(path).stem
     folder.mkdir(parents=True, exist_ok=True)
+    for old in [*folder.glob("hallucination_*.png"), *folder.glob("walk.gif")]:
+        old.unlink()  # of another model or seed: they must not stand among these
     for name, image in images.items():
         write_image((image[0] + 1) / 2, folder / f"{name}.png")
     write_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
@@ -308,8 +310,7 @@ def parse_arguments(words=None):
     flag("--temperature", type=float, default=1.0,
          help="scale of z: 0 is SR, below 1 tamer, above 1 wilder (default: 1)")
     flag("--seed", type=int, default=0, help="seed of z (default: 0)")
-    flag("--project", action="store_true",
-         help="shift every block of the result to LR's value (see project_onto_lr)")
+    flag("--project", action="store_true", help="shift every block to LR's value (project_onto_lr)")
     flag("--walk", action="store_true", help="write an animated GIF")
     flag("--evaluate", metavar="FOLDER", help="score on the photos of this folder")
     flag("--others", metavar="FOLDER", help="realism too, against as many photos of other people")

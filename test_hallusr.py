@@ -1558,6 +1558,38 @@ def test_a_sample_of_an_lr_file_shrinks_to_that_file(workplace, monkeypatch, cap
     assert hallusr.lr_psnr(made[None], lr[None]) > 30
 
 
+def sampled(workplace, monkeypatch, capsys, words):
+    """What `python sample.py small.png --lr` and words write: {name: float image (3, 32, 32)}."""
+    run_here("python sample.py small.png --lr --checkpoint runs/photos/last.pt --out flags "
+             + words, workplace, monkeypatch, capsys)
+    return {path.stem: hallusr.from_levels(sample.read_image(path))
+            for path in (workplace / "flags/small").glob("*.png")}
+
+
+def test_flags_of_sampling_do_what_they_say(workplace, monkeypatch, capsys):
+    plain = sampled(workplace, monkeypatch, capsys, "--samples 2")
+    assert torch.equal(sampled(workplace, monkeypatch, capsys, "--samples 2")["grid"], plain["grid"])
+    other = sampled(workplace, monkeypatch, capsys, "--samples 2 --seed 1")
+    assert not torch.equal(other["hallucination_1"], plain["hallucination_1"])
+    still = sampled(workplace, monkeypatch, capsys, "--samples 2 --temperature 0")
+    assert torch.equal(still["hallucination_1"], still["sr"])
+    assert not torch.equal(plain["hallucination_1"], plain["sr"])
+    lr = hallusr.from_levels(sample.read_image(workplace / "small.png"))[None]
+    closer = sampled(workplace, monkeypatch, capsys, "--samples 2 --project")
+    assert (hallusr.lr_psnr(closer["hallucination_1"][None], lr)
+            > hallusr.lr_psnr(plain["hallucination_1"][None], lr) + 2)
+
+
+def test_samples_of_another_model_or_seed_do_not_stay_among_new_ones(
+        workplace, monkeypatch, capsys):
+    (workplace / "flags/small").mkdir(parents=True, exist_ok=True)
+    (workplace / "flags/small/mine.png").write_bytes((workplace / "small.png").read_bytes())
+    sampled(workplace, monkeypatch, capsys, "--samples 3 --walk")
+    names = set(sampled(workplace, monkeypatch, capsys, "--samples 1"))
+    assert names == {"grid", "lr", "sr", "hallucination_1", "mean", "std", "mine"}
+    assert not (workplace / "flags/small/walk.gif").exists()
+
+
 def test_the_model_of_the_repository_is_true_to_its_input_and_diverse():
     generator = hallusr.load_generator(HERE / "assets/faces64.pt")
     lr = torch.stack([hallusr.from_levels(sample.read_image(path))
