@@ -710,7 +710,7 @@ def diversity_score(maps: torch.Tensor) -> torch.Tensor:
     require(maps.ndim == 4, f"maps must have shape (K, N, H, W), got {tuple(maps.shape)}")
     best_sample = maps.mean((2, 3)).min(0).values                          # (N,)
     best_pixels = maps.min(0).values.mean((1, 2))                          # (N,)
-    return 100 * (best_sample - best_pixels) / best_sample
+    return 100 * (best_sample - best_pixels) / best_sample.clamp(min=1e-12)  # no 0 / 0
 
 
 def std_map(samples: torch.Tensor) -> torch.Tensor:

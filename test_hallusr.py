@@ -415,6 +415,7 @@ def test_diversity_score_by_hand():
     maps = torch.tensor([[[0.2, 0.6]], [[0.4, 0.2]]]).view(2, 1, 1, 2)  # best sample 0.3, pixels .2
     assert hallusr.diversity_score(maps).item() == pytest.approx(100 * (0.3 - 0.2) / 0.3)
     assert hallusr.diversity_score(maps[:1].expand(2, -1, -1, -1)).item() == 0
+    assert hallusr.diversity_score(torch.zeros(2, 1, 2, 2)).item() == 0  # all are the truth
 
 
 def test_pixel_std_by_hand():
