@@ -544,8 +544,9 @@ class Bicubic(torch.nn.Module):
     scale, z_dim, settings = 4, 5, {"z_shared": 0.0}
 
     def forward(self, lr, z):
-        image = hallusr.upscale_bicubic(lr, 4) + z.mean((1, 2, 3), keepdim=True)
-        return {"image": [image], "gradient": [hallusr.image_gradient(image)]}
+        shift = z.mean((1, 2, 3), keepdim=True)
+        image = hallusr.upscale_bicubic(lr, 4) + shift
+        return {"image": [image], "gradient": [hallusr.image_gradient(image * (1 + shift))]}
 
 
 def test_evaluate_scores_what_the_generator_makes():
@@ -592,13 +593,16 @@ def test_contact_sheet_shows_every_column_in_order():
     bicubic = hallusr.upscale_bicubic(lr, 4)[1]
     brighter, darker = (hallusr.quantize(bicubic + shift) for shift in (0.4, -0.4))
     spread = (hallusr.to_levels(brighter) - hallusr.to_levels(darker)).abs() / 2 / 64
-    expected = [hallusr.upscale_nearest(lr, 4)[1] / 2 + 0.5, bicubic / 2 + 0.5, None,
+    expected = [hallusr.upscale_nearest(lr, 4)[1] / 2 + 0.5, bicubic / 2 + 0.5,
+                hallusr.quantize(bicubic) / 2 + 0.5,
                 brighter / 2 + 0.5, darker / 2 + 0.5, spread.clamp(max=1), hr[1] / 2 + 0.5]
     for column, picture in enumerate(expected):
-        if picture is not None:
-            torch.testing.assert_close(tile(2, column), picture, atol=1e-5, rtol=0)
+        torch.testing.assert_close(tile(2, column), picture, atol=1e-5, rtol=0)
     torch.testing.assert_close(tile(3, 6), hallusr.image_gradient(hr)[1].clamp(max=1))
     assert tile(3, 5).max() == 0
+    for column, z in ((2, 0.0), (3, 0.4), (4, -0.4)):  # the stand-in's own, of unbounded images
+        own = hallusr.image_gradient((hallusr.upscale_bicubic(lr, 4) + z) * (1 + z))[1]
+        torch.testing.assert_close(tile(3, column), own.clamp(max=1))
 
 
 # ---- Wrong input ------------------------------------------------------------------------------
