@@ -9,7 +9,8 @@ Section, equation and figure numbers are that paper's, and the sections stand in
 space, DS; 2.1 (3)-(7); 2.2 (8), (9); 2.3 (10), (11); 3.1 (12); 3.2 (1), (2); 4.2; files.
 
 Notation (N images; h x w is the small size, H x W = scale * h x scale * w the large one; K is the
-number of samples, C a number of channels, C0 = widths[0] the one at LR size)
+number of samples, C a number of channels, C0 = widths[0] the one at LR size; in a block H x W is
+the size that comes in)
 
     paper       here            shape             range
     ----------  --------------  ----------------  ------------------------------------------------
@@ -188,9 +189,8 @@ class PerceptualLoss(nn.Module):
         phi_sr = self.embed(sr)                                            # (N, C, H', W')
         with torch.no_grad():
             phi_hr = self.embed(hr)                                        # (N, C, H', W')
-        # S6: "Euclidean" in the sentence, norm 1 in the formula; the formula holds. C2: a mean, so
-        # that weights hold for any size. As a sum it would be 131,072 times larger at relu2_2 of
-        # 64x64 pixels, and with gamma = 10 L_adv could be left out.
+        # S6: "Euclidean" in the sentence, norm 1 in the formula, which holds. C2: a mean, so that
+        # weights hold for any size; a sum (131,072 times it at relu2_2 of 64x64) drowns L_adv.
         return (phi_sr.float() - phi_hr.float()).abs().mean()              # (6)
 
 
@@ -233,16 +233,14 @@ def gradient_loss(g_sr: torch.Tensor, g_hr: torch.Tensor) -> torch.Tensor:
 # ---- 2.2 Image hallucination --------------------------------------------------------------------
 
 def draw_z(shape: tuple, z_shared: float, rng: torch.Generator) -> torch.Tensor:
-    """Noise for G: z(x) = s v + sqrt(1 - s^2) u(x), with v for all LR pixels and u for each one.
+    """Noise for G: z(p) = s v + sqrt(1 - s^2) u(p), with v for all LR pixels and u for each one.
 
-    shape (..., z_dim, h, w), s = z_shared in [0, 1] -> that shape, N(0, I) at every pixel x for any
-    s, from the generator rng. s = 1 is the paper's one vector of z_dim numbers (S7); s = 0 a map in
-    which one eye may change without the other (D1). Raises ValueError for another s.
+    shape (..., z_dim, h, w), s = z_shared in [0, 1] -> that shape, N(0, I) at every pixel p for any
+    s, drawn with rng. s = 1 is the paper's one vector of z_dim numbers (S7); s = 0 a map in which
+    one eye may change without the other (D1). Raises ValueError for another s.
     """
     require(0 <= z_shared <= 1, f"z_shared must be in [0, 1], got {z_shared}")
     u = torch.randn(shape, generator=rng)                                  # (..., z_dim, h, w)
-    if z_shared == 0:
-        return u
     v = torch.randn((*shape[:-2], 1, 1), generator=rng)                    # (..., z_dim, 1, 1)
     return z_shared * v + (1 - z_shared ** 2) ** 0.5 * u
 
@@ -379,12 +377,14 @@ class ResidualBlock(nn.Module):
         self.conv2 = near_zero(conv3x3(channels, channels))
 
     def forward(self, x):
-        h = activation(self.conv1(x))          # (N, C, H, W)
-        return x + self.conv2(h)               # (N, C, H, W)
+        return x + self.conv2(activation(self.conv1(x)))                   # (N, C, H, W)
 
 
 def output_head(channels: int) -> nn.Sequential:
-    """One domain's own convolution in an UpBlock (C8), and its projection to 3 channels."""
+    """One domain's own convolution in an UpBlock (C8), and its projection to 3 channels.
+
+    Needs: conv3x3, near_zero.
+    """
     return nn.Sequential(conv3x3(channels, channels), nn.LeakyReLU(0.2),
                          near_zero(nn.Conv2d(channels, 3, 1)))
 
@@ -396,8 +396,8 @@ class UpBlock(nn.Module):
     gradient teaches; then each domain has a head of its own. The skip connection (the enlarged
     picture of the resolution below) keeps the low frequencies, so that a block adds detail only.
     Another output of G needs a line in `skip` here and a start in Generator.forward; what it is
-    compared with, and its D, are training's.
-    Source: Fig. 3. Needs: output_head, conv3x3, near_zero, activation.
+    compared with, and its D, belong in train.py.
+    Source: Fig. 3. Needs: output_head, conv3x3, activation.
     forward(features (N, in_channels, H, W), pictures {"image" and, with the branch, "gradient":
     (N, 3, H, W)}) returns the same two at 2H x 2W, features with out_channels.
     """
@@ -523,7 +523,7 @@ class Discriminator(nn.Module):
     `pyramid` makes it from real images; for D_I also F of (12), (N, 3, h, w), zero for real images.
     F is concatenated at the last block (section 3.1, C21). Returns logits (N, 1, h, w), one per LR
     pixel: no linear layer (section 3.2), so any size works.
-    Source: sections 3.1 and 3.2. Needs: DownBlock, ResidualBlock, conv3x3, activation.
+    Source: sections 3.1 and 3.2. Needs: DownBlock, ResidualBlock.
     Raises ValueError for a wrong number of pictures, unequal N, or an excess that is missing,
     misshapen or unwanted.
     """

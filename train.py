@@ -53,7 +53,7 @@ class Config:
     blocks: int = setting(8, "Fig. 2", "residual blocks in G")
     d_blocks: int = setting(8, "section 3.2", "residual blocks in each discriminator (D9)")
     hard_consistency: bool = setting(False, "(9), (12)", "make DS(image) = LR inside G (D3)")
-    explore: str = setting("branch", "(8)", "L_z's: G's branch; without it gradient or image (D10)")
+    explore: str = setting("branch", "(8)", "what L_z moves: branch, or gradient, image (D10)")
     perceptual: str = setting("relu2_2", "open", "VGG-16 layer of (6), or 'pixels' (C16, D6)")
     gamma: float = setting(10.0, "section 4.1", "weight of (6) and (7) in (10) (D13)")
     beta: float = setting(0.1, "section 4.1", "weight of the adversarial losses in (10) (D13)")
@@ -63,12 +63,12 @@ class Config:
     eps: float = setting(0.1, "section 4.1", "free disagreement with LR in (12), in grey levels")
     tie: float = setting(0.0, "(10), (11)", "weight of |g - grad(I)| (D4)")
     pixel: float = setting(0.0, "(10)", "weight of L1 on pixels at z = 0 (D7)")
-    warmup: int = setting(0, "section 2.3", "first steps, of G at z = 0 without D (D8)")
+    warmup: int = setting(0, "section 2.3", "first steps, of G alone: z = 0, no D (D8)")
     r1_gamma: float = setting(10.0, "open", "R1's weight; another gamma than (10)'s (C12)")
     r1_every: int = setting(1, "section 2.3", "steps from one R1 penalty to the next (D2)", 1)
     lr_g: float = setting(1e-4, "section 4.1", "Adam's learning rate for G (D5)")
     lr_d: float = setting(4e-4, "open", "Adam's learning rate for D_I and D_g (C13, D5)")
-    fall: float = setting(0.0, "section 4.1", "last share of steps; rates fall (D11)", 0, 1)
+    fall: float = setting(0.0, "section 4.1", "last share of the steps: rates fall (D11)", 0, 1)
     ema: float = setting(0.999, "open", "decay of the running average of G (C14)", 0, 0.999_999)
     batch: int = setting(8, "section 4.1", "faces per step", 1)
     steps: int = setting(100_000, "open", "training steps (C22)", 1)
@@ -151,15 +151,15 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
     terms, l_z = {}, 0.0
     adv_sr = adv_h = {"image": 0.0, "gradient": 0.0}
     if playing:
-        # D judges z1, never z2; SR too where beta or d_sr is not 0 (S3, C10, D12, D13): J = B, 2B.
+        # D judges z1, never z2; and SR unless beta = d_sr = 0 (S3, C10, D12, D13): J = 2B, else B.
         judged = slice(0 if config.beta or config.d_sr else B, 2 * B)
         fake = {domain: [picture[judged] for picture in made[domain]] for domain in made}
         F = excess(image[judged], lr.repeat(3, 1, 1, 1)[judged], config.eps) # (J, 3, h, w)
         terms = update_discriminators(nets, amp, config, real, fake, F, B, step)
         adv_sr, adv_h = adversarial_losses(nets, amp, fake, F, B)
-        apart = {"branch": made.get("gradient"), "image": made["image"],     # D10
-                 "gradient": [edges]}[config.explore][-1]
-        _, g1, g2 = apart.chunk(3)                                           # (B, 3, H, W) each
+        explored = {"branch": made.get("gradient"), "image": made["image"],  # D10
+                    "gradient": [edges]}[config.explore][-1]
+        _, g1, g2 = explored.chunk(3)                                        # (B, 3, H, W) each
         l_z = diversity_loss(g1, g2, z1, z2, config.tau)
         terms |= dict(L_z=l_z, image_moves=(image[B:2 * B] - image[2 * B:]).abs() * 127.5)
     # G step: minimise (10) for z = 0 plus (11) for z1, against the D just improved.
@@ -187,11 +187,11 @@ def update_discriminators(nets, amp, config: Config, real, fake, F, B: int, step
         both = [torch.cat([r, f.detach()]) for r, f in zip(real[domain], fake[domain])]
         with amp:
             logits = D(both, given[domain]).float()                          # (B + J, 1, h, w)
-        real_logits, *sr, h = logits.split(B)  # sr: [] where J = B
-        # D12: a mean, SR d_sr to 1. At 1 to 1 all hallucinations wore the glasses that SR lacked.
-        against_sr = sum(config.d_sr * discriminator_loss(real_logits, part) for part in sr)
-        loss = loss + (discriminator_loss(real_logits, h) + against_sr) / (1 + config.d_sr)
-        terms |= {f"D_{domain}_real": real_logits, f"D_{domain}_fake": h}
+        real_logits, *of_sr, of_h = logits.split(B)  # of_sr: [] where J = B
+        # D12: a mean; SR weighs d_sr, z1 1. At 1 to 1 nearly all drawn z1 wore glasses, no SR did.
+        against_sr = sum(config.d_sr * discriminator_loss(real_logits, part) for part in of_sr)
+        loss = loss + (discriminator_loss(real_logits, of_h) + against_sr) / (1 + config.d_sr)
+        terms |= {f"D_{domain}_real": real_logits, f"D_{domain}_fake": of_h}
         if step % config.r1_every == 0:  # D2: seldom, but then with the weight of all steps
             pictures = [picture.detach().requires_grad_() for picture in real[domain]]
             # C22: in float32, outside amp: two derivatives need the digits.
