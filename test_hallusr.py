@@ -1573,7 +1573,8 @@ def sampled(workplace, monkeypatch, capsys, words):
 
 def test_flags_of_sampling_do_what_they_say(workplace, monkeypatch, capsys):
     plain = sampled(workplace, monkeypatch, capsys, "--samples 2")
-    assert torch.equal(sampled(workplace, monkeypatch, capsys, "--samples 2")["grid"], plain["grid"])
+    again = sampled(workplace, monkeypatch, capsys, "--samples 2")
+    assert torch.equal(again["grid"], plain["grid"])
     other = sampled(workplace, monkeypatch, capsys, "--samples 2 --seed 1")
     assert not torch.equal(other["hallucination_1"], plain["hallucination_1"])
     still = sampled(workplace, monkeypatch, capsys, "--samples 2 --temperature 0")
