@@ -574,12 +574,12 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
     config = Config(**{name: getattr(arguments, name) for name in asdict(Config())})
     require(not content or content["step"] < config.steps, f"{said.resume} is done: raise --steps")
     arguments.device = find_device(arguments.device)
+    if arguments.amp is None and arguments.device == "cuda":
+        arguments.amp = torch.cuda.is_bf16_supported(including_emulation=False)
     if arguments.amp is None:  # C22: a GPU is asked, a CPU timed: some have it but are slower
         squares = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
         half, full = (min(timeit.repeat(lambda: a @ a, number=1)) for a in squares)
-        pays = 1.5 * half < full and "RANK" not in os.environ  # torchrun's processes must agree
-        arguments.amp = (pays if arguments.device == "cpu" else
-                         torch.cuda.is_bf16_supported(including_emulation=False))
+        arguments.amp = 1.5 * half < full and "RANK" not in os.environ  # torchrun's must agree
     return arguments, config, content
 
 
