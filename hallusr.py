@@ -28,7 +28,7 @@ the size that comes in)
 
 What G makes and D judges are lists over resolutions, from coarse (2h x 2w) to fine. Where the code
 is not the print, the line says so: S1-S7 correct slips, C1-C23 fill silences, D1-D13 are
-deviations, each a setting; `--preset paper --data` has none. The README lists them all.
+deviations, each a setting; `--preset paper --data FOLDER` has none. The README lists them all.
 
 Copying: "Needs" in a docstring lists the names that belong to a piece; what is called require... or
 check... only raises clear errors, and can be left out.
@@ -84,7 +84,7 @@ def check_architecture(widths: tuple, scale: int, blocks: int):
 def to_levels(x: torch.Tensor) -> torch.Tensor:
     """Floats (else ValueError), clamped to [-1, 1], to 8-bit values 0, 1, ..., 255, as floats."""
     require_floats(x)
-    return ((x.clamp(-1, 1) + 1) * 127.5).round()
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round()  # bfloat16 has too few digits
 
 
 def from_levels(levels: torch.Tensor) -> torch.Tensor:

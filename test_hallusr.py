@@ -88,6 +88,8 @@ def test_quantize_rounds_to_8_bit_levels():
     expected = torch.tensor([0.0, 0.0, 1.0, 128.0, 255.0, 255.0]) / 127.5 - 1
     assert torch.equal(hallusr.quantize(x), expected)
     assert torch.equal(hallusr.quantize(expected), expected)
+    coarse = torch.tensor([-0.4921875, -0.486328125], dtype=torch.bfloat16)
+    assert hallusr.to_levels(coarse).tolist() == [65, 65]  # 64.746, 65.493; in bfloat16 64, 66
 
 
 def test_quantize_has_gradient_exactly_one():
