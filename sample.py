@@ -188,9 +188,9 @@ def evaluate_folder(generator, arguments):
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {row: {name: value if math.isfinite(value) else None for name, value in values.items()}
              for row, values in rows.items()}  # JSON has no infinity
-    settings = {name: str(value) for name, value in vars(arguments).items()}
+    content = {"n": len(hr), "arguments": vars(arguments), "rows": plain}
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps({"n": len(hr), "arguments": settings, "rows": plain}))
+        temporary.write_text(json.dumps(content, default=str))
     print(f"written to {path}; the README says how each number is made")
 
 
@@ -256,15 +256,14 @@ def low_resolution(path: str, generator, is_lr: bool, device: str) -> tuple:
 def write_samples(generator, path: str, arguments):
     """All files of one input, in a folder of its name."""
     lr, hr = low_resolution(path, generator, arguments.lr, arguments.device)
+    side = generator.settings["size"] // generator.scale
     made = "as it is" if hr is None else f"from its centre square, resized to {hr.shape[-1]}"
-    print(f"{path}: LR of {lr.shape[-1]}x{lr.shape[-2]} pixels, {made}")
-    rng = torch.Generator().manual_seed(arguments.seed)
-
-    def noise(count):
-        z = draw_z((count, generator.z_dim, *lr.shape[-2:]), generator.settings["z_shared"], rng)
-        return arguments.temperature * z.to(lr.device)
-
-    z = noise(arguments.samples)
+    print(f"{path}: LR of {lr.shape[-1]}x{lr.shape[-2]} pixels, {made}; learnt on {side}x{side}")
+    # One after another, the walk's two first: a larger --samples adds faces and changes none.
+    rng, shape = torch.Generator().manual_seed(arguments.seed), (1, generator.z_dim, *lr.shape[-2:])
+    z = torch.cat([draw_z(shape, generator.settings["z_shared"], rng)
+                   for _ in range(2 + arguments.samples)])
+    for_walk, z = (arguments.temperature * z.to(lr.device)).tensor_split([2])
     latents = torch.cat([torch.zeros_like(z[:1]), z])
     samples = sample(generator, lr.expand(len(latents), -1, -1, -1), latents)
     names = ["sr"] + [f"hallucination_{k}" for k in range(1, len(latents))]
@@ -281,7 +280,7 @@ def write_samples(generator, path: str, arguments):
         write_image((image[0] + 1) / 2, folder / f"{name}.png")
     write_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
     if arguments.walk:
-        write_walk(generator, lr, *noise(2), folder / "walk.gif")
+        write_walk(generator, lr, *for_walk, folder / "walk.gif")
     print(f"  written to {folder}/: {', '.join(images)}, grid{', walk' * arguments.walk}")
 
 
@@ -312,8 +311,8 @@ def parse_arguments(words=None):
     flag("--seed", type=int, default=0, help="seed of z (default: 0)")
     flag("--project", action="store_true", help="shift every block to LR's value (project_onto_lr)")
     flag("--walk", action="store_true", help="write an animated GIF")
-    flag("--evaluate", metavar="FOLDER", help="score on the photos of this folder")
-    flag("--others", metavar="FOLDER", help="realism too, against as many photos of other people")
+    flag("--evaluate", metavar="FOLDER", type=Path, help="score on the photos of this folder")
+    flag("--others", metavar="FOLDER", type=Path, help="realism too, beside photos of other people")
     flag("--slice", type=span, default=slice(None), metavar="FROM:TO",
          help="which photos of the folder, in order of name (default: all)")
     flag("--out", default="samples", help="folder for results (default: samples)")
@@ -328,6 +327,7 @@ def parse_arguments(words=None):
     require(0 <= found.seed < 2 ** 32, f"--seed must be in [0, 2^32), got {found.seed}")
     alone = found.slice == slice(None) and not found.others
     require(found.evaluate or alone, "--slice and --others go with --evaluate")
+    require(not found.others or found.others != found.evaluate, "--others names the same folder")
     require(found.photos or not found.lr, "--lr goes with images: --evaluate makes LR itself")
     return found
 

@@ -1559,7 +1559,7 @@ def test_sample_writes_what_it_promises(workplace, monkeypatch, capsys):
 def test_a_sample_of_an_lr_file_shrinks_to_that_file(workplace, monkeypatch, capsys):
     printed = run_here("python sample.py small.png --lr --checkpoint runs/photos/last.pt "
                        "--samples 2 --project --out made", workplace, monkeypatch, capsys)
-    assert "LR of 8x8 pixels, as it is" in printed
+    assert "LR of 8x8 pixels, as it is; learnt on 8x8" in printed
     made = hallusr.from_levels(sample.read_image(workplace / "made/small/hallucination_2.png"))
     lr = hallusr.from_levels(sample.read_image(workplace / "small.png"))
     assert hallusr.lr_psnr(made[None], lr[None]) > 30
@@ -1577,6 +1577,8 @@ def test_flags_of_sampling_do_what_they_say(workplace, monkeypatch, capsys):
     plain = sampled(workplace, monkeypatch, capsys, "--samples 2")
     again = sampled(workplace, monkeypatch, capsys, "--samples 2")
     assert torch.equal(again["grid"], plain["grid"])
+    more = sampled(workplace, monkeypatch, capsys, "--samples 3")
+    assert torch.equal(more["hallucination_2"], plain["hallucination_2"])
     other = sampled(workplace, monkeypatch, capsys, "--samples 2 --seed 1")
     assert not torch.equal(other["hallucination_1"], plain["hallucination_1"])
     still = sampled(workplace, monkeypatch, capsys, "--samples 2 --temperature 0")
@@ -1652,6 +1654,7 @@ def test_realism_is_measured_against_others_spread_over_their_folder(workplace, 
     ("python sample.py --lr --checkpoint runs/photos/last.pt", "--lr goes with images"),
     ("python sample.py me.jpg --lr --checkpoint runs/photos/last.pt", "80x70 pixels, LR has 32"),
     ("python sample.py me.jpg photos/me.jpg", "its folder's below --out"),
+    ("python sample.py --evaluate photos --others photos/", "--others names the same folder"),
 ])
 def test_mistakes_are_named(command, words, workplace, monkeypatch, capsys):
     (workplace / "empty").mkdir(exist_ok=True)
