@@ -30,8 +30,8 @@ What G makes and D judges are lists over resolutions, from coarse (2h x 2w) to f
 is not the print, the line says so: S1-S7 correct slips, C1-C23 fill silences, D1-D13 are
 deviations, each a setting; `--preset paper --data FOLDER` has none. The README lists them all.
 
-Copying: "Needs" in a docstring lists the names that belong to a piece; what is called require... or
-check... only raises clear errors, and can be left out.
+Copying: a piece takes along the names after "Needs" in its docstring, and these their own. What is
+called require... or check... only raises clear errors: take it too, or delete its lines.
 """
 import os
 from contextlib import contextmanager
@@ -502,7 +502,7 @@ class Generator(nn.Module):
 def sample(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     """The finest image alone, as it would be saved: (N, 3, H, W) on 8-bit levels of [-1, 1].
 
-    lr (N, 3, h, w), z (N, z_dim, h, w): zero to reconstruct, from draw_z to hallucinate.
+    lr (N, 3, h, w), z (N, z_dim, h, w): zero to reconstruct, else from draw_z. Needs: quantize.
     """
     return quantize(generator(lr, z)["image"][-1])
 
@@ -561,7 +561,7 @@ class Discriminator(nn.Module):
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB on 8-bit RGB. Two (N, C, H, W) in [-1, 1] -> (N,).
 
-    Infinite where both agree. Raises ValueError for different shapes.
+    Infinite where both agree. Needs: to_levels. Raises ValueError for different shapes.
     """
     require_same(image, truth, "image and truth")
     error = (to_levels(image) - to_levels(truth)).square().mean((1, 2, 3))
@@ -571,8 +571,8 @@ def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 def lr_psnr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
     """Is it true to its LR? PSNR of the saved image, shrunk and rounded, against lr -> (N,) in dB.
 
-    (N, 3, H, W), (N, 3, h, w). NTIRE's challenge on learning the super-resolution space demands
-    45 dB. Infinite where exact. Raises ValueError unless the sizes are multiples.
+    (N, 3, H, W), (N, 3, h, w). NTIRE's challenge demands 45 dB. Infinite where exact.
+    Needs: psnr, quantize, downscale, scale_between. Raises ValueError unless sizes are multiples.
     """
     return psnr(downscale(quantize(image), scale_between(image, lr)), lr)
 
@@ -586,7 +586,7 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Structural similarity on 8-bit RGB. Two (N, C, H, W) in [-1, 1], H, W >= 11 -> (N,) <= 1.
 
     Wang et al. 2004: 11x11 Gaussian window of sigma 1.5, whole windows only, K = 0.01 and 0.03.
-    The mean over windows and channels. Raises ValueError for different or too small shapes.
+    The mean over windows and channels. Needs: to_levels. Raises ValueError for unfit shapes.
     """
     require_same(image, truth, "image and truth")
     require(min(image.shape[-2:]) >= 11, f"SSIM needs sides of 11, got {tuple(image.shape[-2:])}")
@@ -716,7 +716,7 @@ def diversity_score(maps: torch.Tensor) -> torch.Tensor:
 def std_map(samples: torch.Tensor) -> torch.Tensor:
     """Where is the model unsure? Standard deviation over samples, in grey levels 0-255.
 
-    Floats (K, N, 3, H, W), else ValueError -> (N, 3, H, W). Divides by K, not K - 1.
+    Floats (K, N, 3, H, W), else ValueError -> (N, 3, H, W). Divides by K. Needs: to_levels.
     """
     require(samples.ndim == 5, f"samples must be (K, N, 3, H, W), got {tuple(samples.shape)}")
     return to_levels(samples).std(0, correction=0)
@@ -745,7 +745,7 @@ def save_checkpoint(path: str | Path, generator: Generator, **training):
     """Write a generator (pass the running average), its settings and whatever training adds.
 
     `training` holds plain values and state dicts only, so that plain torch.load reads the file.
-    Needs: whole_file. Raises OSError when it cannot be written.
+    Needs: whole_file, Generator. Raises OSError when it cannot be written.
     """
     payload = {"hallusr": 3, "settings": generator.settings, "generator": generator.state_dict()}
     with whole_file(path) as temporary:
@@ -776,8 +776,8 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_generator(path: str | Path, device: str = "cpu") -> Generator:
     """The trained G (its running average) of a checkpoint, in eval mode, ready to sample.
 
-    Its attribute `note` says what whoever samples should know, "" for nothing. Raises
-    FileNotFoundError, or ValueError for a file that is damaged, not ours or contradicts itself.
+    Its `note` says what whoever samples should know, or "". Needs: Generator, load_checkpoint,
+    load_weights. Raises FileNotFoundError, or ValueError for a file that is damaged or not ours.
     """
     content = load_checkpoint(path)
     wanted, found = set(Generator().settings), set(content["settings"])

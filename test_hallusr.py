@@ -2,6 +2,7 @@
 
 CPU, no network. What needs pretrained weights skips where torch.hub's cache does not have them.
 """
+import ast
 import contextlib
 import copy
 import csv
@@ -78,6 +79,22 @@ def slope(function, x):
     """d function / d x, at x."""
     x = x.clone().requires_grad_()
     return torch.autograd.grad(function(x).sum(), x)[0]
+
+
+# ---- Copying ----------------------------------------------------------------------------------
+
+
+def test_a_piece_uses_no_more_of_its_file_than_its_docstring_says():
+    tree = ast.parse((HERE / "hallusr.py").read_text()).body
+    pieces = {node.name: node for node in tree if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for name, node in pieces.items():
+        text = re.search(r"Needs:\s+([^.]*)\.", ast.get_docstring(node) or "")
+        said = set(re.split(r",\s+", text[1])) if text else set()
+        mine = {part.arg for part in ast.walk(node) if isinstance(part, ast.arg)} | {name}
+        used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} - mine
+        used &= pieces.keys() | {"VGG_LAYERS"}
+        missing = {other for other in used - said if not other.startswith(("require", "check"))}
+        assert not missing and said <= pieces.keys() | {"VGG_LAYERS", "nothing"}, name
 
 
 # ---- Image space ------------------------------------------------------------------------------
