@@ -257,7 +257,7 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
     require_same(z1, z2, "z1 and z2")
     require(len(g1) == len(z1), f"expected a z for each g, got {len(z1)} and {len(g1)}")
     # C3: both distances are mean absolute differences, as in the diversity-sensitive GAN that (8)
-    # comes from. Two photographs of different people give 0.14: tau = 1 never binds.
+    # comes from. Two photographs of different people give 0.15: tau = 1 never binds.
     moved = (g1 - g2).abs().mean((1, 2, 3))                                # (N,)
     apart = (z1 - z2).abs().flatten(1).mean(1) + 1e-5                      # (N,)
     return (moved / apart).clamp(max=tau).mean()                           # (8)
@@ -268,7 +268,7 @@ def project_onto_lr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
 
     (N, 3, H, W), (N, 3, h, w) -> (N, 3, H, W) with downscale(result) == lr, up to float error.
     Clamping or 8-bit rounding afterwards may move it again, and it holds for the box average alone:
-    bicubic shrinking misses LR by 3.6 grey levels. Needs: downscale, upscale_nearest,
+    bicubic shrinking misses LR by 3 grey levels. Needs: downscale, upscale_nearest,
     scale_between. Raises ValueError unless there is an image for each lr, its sides one multiple.
     """
     factor = scale_between(image, lr)
