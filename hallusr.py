@@ -268,7 +268,7 @@ def project_onto_lr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
 
     (N, 3, H, W), (N, 3, h, w) -> (N, 3, H, W) with downscale(result) == lr, up to float error.
     Clamping or 8-bit rounding afterwards may move it again, and it holds for the box average alone:
-    bicubic shrinking misses LR by 3 grey levels. Needs: downscale, upscale_nearest,
+    bicubic shrinking misses LR by 2.7 grey levels. Needs: downscale, upscale_nearest,
     scale_between. Raises ValueError unless there is an image for each lr, its sides one multiple.
     """
     factor = scale_between(image, lr)
