@@ -167,7 +167,7 @@ class PerceptualLoss(nn.Module):
     `layer` names phi_i, which the paper leaves open (C16); relu2_2 is what (6)'s source, Johnson et
     al., use for super-resolution. Only the layers up to it are kept, frozen. Weights: torchvision's
     VGG16 IMAGENET1K_V1, from torch.hub's cache or the internet.
-    Needs: VGG_LAYERS, pretrained_features, cached_weights.
+    Needs: VGG_LAYERS, pretrained_features.
     Raises ValueError for an unknown layer or different shapes, FileNotFoundError without weights.
     """
 

@@ -311,8 +311,8 @@ def parse_arguments(words=None):
     flag("--seed", type=int, default=0, help="seed of z (default: 0)")
     flag("--project", action="store_true", help="shift every block to LR's value (project_onto_lr)")
     flag("--walk", action="store_true", help="write an animated GIF")
-    flag("--evaluate", metavar="FOLDER", type=Path, help="score on the photos of this folder")
-    flag("--others", metavar="FOLDER", type=Path, help="realism too, beside photos of other people")
+    flag("--evaluate", metavar="FOLDER", type=os.path.realpath, help="score on its photos")
+    flag("--others", metavar="FOLDER", type=os.path.realpath, help="photos of others, for realism")
     flag("--slice", type=span, default=slice(None), metavar="FROM:TO",
          help="which photos of the folder, in order of name (default: all)")
     flag("--out", default="samples", help="folder for results (default: samples)")
