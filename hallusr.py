@@ -8,9 +8,8 @@ An independent implementation of the method of
 Section, equation and figure numbers are that paper's, and the sections stand in its order: image
 space, DS; 2.1 (3)-(7); 2.2 (8), (9); 2.3 (10), (11); 3.1 (12); 3.2 (1), (2); 4.2; files.
 
-Notation (N images; h x w is the small size, H x W = scale * h x scale * w the large one; K is the
-number of samples, C a number of channels, C0 = widths[0] the one at LR size; in a block H x W is
-the size that comes in)
+Notation (N images, K samples, C channels, C0 = widths[0] of them at LR size; h x w is the small
+size, H x W = scale * h x scale * w the large one, in a block the one that comes in)
 
     paper       here            shape             range
     ----------  --------------  ----------------  ------------------------------------------------
@@ -119,7 +118,7 @@ def downscale(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
 
 def upscale_nearest(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
     """Repeat every pixel, so that downscale undoes it. (N, C, h, w) -> (N, C, h*f, w*f)."""
-    return fn.interpolate(x, scale_factor=factor, mode="nearest")
+    return fn.interpolate(x, (x.shape[-2] * factor, x.shape[-1] * factor), mode="nearest")
 
 
 def upscale_bicubic(lr: torch.Tensor, factor: int = 8) -> torch.Tensor:
@@ -166,8 +165,7 @@ class PerceptualLoss(nn.Module):
     embed(x) gives the features alone, (N, C, H', W').
     `layer` names phi_i, which the paper leaves open (C16); relu2_2 is what (6)'s source, Johnson et
     al., use for super-resolution. Only the layers up to it are kept, frozen. Weights: torchvision's
-    VGG16 IMAGENET1K_V1, from torch.hub's cache or the internet.
-    Needs: VGG_LAYERS, pretrained_features.
+    VGG16 IMAGENET1K_V1, downloaded once to its cache. Needs: VGG_LAYERS, pretrained_features.
     Raises ValueError for an unknown layer or different shapes, FileNotFoundError without weights.
     """
 
@@ -237,9 +235,10 @@ def draw_z(shape: tuple, z_shared: float, rng: torch.Generator) -> torch.Tensor:
 
     shape (..., z_dim, h, w), s = z_shared in [0, 1] -> that shape, N(0, I) at every pixel p for any
     s, drawn with rng. s = 1 is the paper's one vector of z_dim numbers (S7); s = 0 a map in which
-    one eye may change without the other (D1). Raises ValueError for another s.
+    one eye may change without the other (D1). Raises ValueError for another s, or without h, w.
     """
     require(0 <= z_shared <= 1, f"z_shared must be in [0, 1], got {z_shared}")
+    require(len(shape) >= 3, f"shape must be (..., z_dim, h, w), got {shape}")  # or faces share v
     u = torch.randn(shape, generator=rng)                                  # (..., z_dim, h, w)
     v = torch.randn((*shape[:-2], 1, 1), generator=rng)                    # (..., z_dim, 1, 1)
     return z_shared * v + (1 - z_shared ** 2) ** 0.5 * u
@@ -249,8 +248,8 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
     """L_z of (8), to be *maximised*: how far the gradient images move per step in z, at most tau.
 
     g1, g2 (N, C, H, W) are G's gradients at z1, z2, (N, ...) both, for the same LR -> scalar in
-    [0, tau]. Without it G may ignore z: D asks of each image alone whether it is plausible.
-    Raises ValueError for different shapes, unequal N or tau <= 0.
+    [0, tau]. Without it G may ignore z: D asks of each image alone whether it is plausible. A pair
+    beyond tau has no slope. Raises ValueError for different shapes, unequal N or tau <= 0.
     """
     require(tau > 0, f"tau must be positive, got {tau}")
     require_same(g1, g2, "g1 and g2")
@@ -258,7 +257,7 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
     require(len(g1) == len(z1), f"expected a z for each g, got {len(z1)} and {len(g1)}")
     # C3: both distances are mean absolute differences, as in the diversity-sensitive GAN that (8)
     # comes from. Two photographs of different people give 0.15: tau = 1 never binds.
-    moved = (g1 - g2).abs().mean((1, 2, 3))                                # (N,)
+    moved = (g1 - g2).abs().flatten(1).mean(1)                             # (N,)
     apart = (z1 - z2).abs().flatten(1).mean(1) + 1e-5                      # (N,)
     return (moved / apart).clamp(max=tau).mean()                           # (8)
 
@@ -266,10 +265,10 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
 def project_onto_lr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
     """(9) with eps = 0: the closest image that shrinks to lr, every block shifted by one constant.
 
-    (N, 3, H, W), (N, 3, h, w) -> (N, 3, H, W) with downscale(result) == lr, up to float error.
-    Clamping or 8-bit rounding afterwards may move it again, and it holds for the box average alone:
-    bicubic shrinking misses LR by 2.7 grey levels. Needs: downscale, upscale_nearest,
-    scale_between. Raises ValueError unless there is an image for each lr, its sides one multiple.
+    (N, 3, H, W), (N, 3, h, w) -> (N, 3, H, W) with downscale(result) == lr, up to the digits: in
+    bfloat16 that is half a grey level. So a loss on downscale(result) has no slope in image.
+    Clamping or 8-bit rounding afterwards may move it again, and it holds for the box average alone
+    (C5). Needs: downscale, upscale_nearest, scale_between. Raises ValueError unless sizes fit.
     """
     factor = scale_between(image, lr)
     return image + upscale_nearest(lr - downscale(image, factor), factor)
@@ -299,9 +298,10 @@ def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
 def r1_penalty(logits: torch.Tensor, images: list[torch.Tensor]) -> torch.Tensor:
     """R1: squared length of D's slope at real images; weigh it by half its gamma, not (10)'s.
 
-    logits (N, 1, h, w) of real images, which must have requires_grad set -> scalar >= 0, itself
-    differentiable. Keeps D from becoming steep around the data, where it would throw G back and
-    forth. Source: section 2.3, Mescheder et al.
+    logits (N, 1, h, w) of these images, real ones that had requires_grad set when D saw them ->
+    scalar >= 0, itself differentiable: in float32 (C22). backward() adds to the images' own .grad,
+    so detach them anew each step. Keeps D from becoming steep around the data, where it would throw
+    G back and forth. Source: section 2.3, Mescheder et al.
     """
     # C12: an image's logit is the mean of its map (for the sum, R1 would be (h w)^2 times as
     # large); the slope is that with respect to all resolutions together, not to F.
@@ -427,8 +427,7 @@ class DownBlock(nn.Module):
     A 1x1 convolution lifts the picture of this resolution to features and adds them to those that
     come from the finer one (C9); two convolutions and average pooling follow. Source: section 3.2.
     Needs: conv3x3, activation. Raises ValueError when picture and features do not fit.
-    forward(picture (N, 3, H, W), features (N, in_channels, H, W) or None at the finest) returns
-    (N, out_channels, H/2, W/2).
+    forward(picture (N, 3, H, W), features (N, in, H, W), None at the finest) -> (N, out, H/2, W/2).
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -524,8 +523,7 @@ class Discriminator(nn.Module):
     F is concatenated at the last block (section 3.1, C21). Returns logits (N, 1, h, w), one per LR
     pixel: no linear layer (section 3.2), so any size works.
     Source: sections 3.1 and 3.2. Needs: DownBlock, ResidualBlock.
-    Raises ValueError for a wrong number of pictures, unequal N, or an excess that is missing,
-    misshapen or unwanted.
+    Raises ValueError for a wrong number of pictures, unequal N, or another excess than said.
     """
 
     def __init__(self, widths: tuple = (128, 96, 64, 32), scale: int = 8, blocks: int = 8,
@@ -613,10 +611,11 @@ class LPIPS(nn.Module):
     """Learned perceptual distance, v0.1 on AlexNet: 0 for equal images, about 0.5 for a blur.
 
     forward(a, b): two (N, 3, H, W) in [-1, 1] -> (N,) >= 0; with_map(a, b) -> that and (N, H, W),
-    the same for every pixel, each layer enlarged to the image. Source: section 4.2, Zhang et al.
-    2018; AlexNet from torchvision, the 1152 learned channel weights from the authors (BSD-2).
+    the same for every pixel, each layer enlarged to the image. It neither clamps nor rounds: G's
+    images go through quantize first. Source: section 4.2, Zhang et al. 2018; AlexNet from
+    torchvision, 1152 learned channel weights from the authors (BSD-2). Raises ValueError for
+    different shapes or sides under 31, FileNotFoundError without weights.
     Needs: pretrained_features, cached_weights.
-    Raises ValueError for different shapes or sides under 31, FileNotFoundError without weights.
     """
 
     URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/"
@@ -663,10 +662,11 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b) -> torch.Tensor:
     """|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)), squared distance of two Gaussians.
 
     Means (..., d) and covariances A, B (..., d, d), in double -> (...), >= 0 up to rounding.
-    Source: Dowson and Landau 1982; between features of images, Heusel et al. 2017.
+    Source: Dowson and Landau 1982; of images' features, Heusel et al. 2017. ValueError for NaN.
     """
-    # A B is not symmetric, but A^(1/2) B A^(1/2) has the same eigenvalues: real, and none below 0.
-    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()
+    product = cov_a @ cov_b  # not symmetric, but A^(1/2) B A^(1/2) has the same eigenvalues: >= 0
+    require(product.isfinite().all(), "images or their covariances hold NaN or infinity")
+    roots = torch.linalg.eigvals(product).real.clamp(min=0).sqrt()
     traces = (cov_a + cov_b).diagonal(dim1=-2, dim2=-1)
     return (mean_a - mean_b).square().sum(-1) + traces.sum(-1) - 2 * roots.sum(-1)
 
@@ -677,7 +677,7 @@ class Realism(nn.Module):
     forward(images (N, 3, H, W)) -> scalar: Fréchet distance of VGG-16 features (relu3_3) to those
     of `photographs` (M, 3, H, W), in each of 4x4 regions, then the mean; [-1, 1], sides of 16 or
     more. A region holds an eye; but a missing detail costs more than a torn one, so look as well.
-    Few images score worse than many: compare equal N, equal M, and aligned faces.
+    Few images score worse than many: compare equal N, M and sizes, and aligned faces. No slope.
     Needs: PerceptualLoss, frechet_distance, quantize. Raises ValueError for fewer than 2 images.
     """
 
@@ -796,5 +796,5 @@ def load_weights(module: nn.Module, state: dict, path: str | Path):
     except (RuntimeError, TypeError) as error:
         first = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path} holds another architecture than expected: {first}") from error
-    for name, weight in module.state_dict().items():
-        require(weight.isfinite().all(), f"{path} is spoiled: {name} holds NaN or infinity")
+    bad = [name for name, weight in module.state_dict().items() if not weight.isfinite().all()]
+    require(not bad, f"{path} is spoiled: NaN or infinity in {', '.join(bad[:2])}")

@@ -507,6 +507,10 @@ def test_realism_is_the_mean_over_regions(monkeypatch):
     assert 0 < realism(torn) < realism(made)
     with pytest.raises(ValueError, match=r"2 images or more.*got \(1, 3"):
         realism(made[:1])
+    for spoiled in (math.nan, math.inf):  # the library for eigenvalues would end the process
+        torn[0, 0, 0, 0] = spoiled
+        with pytest.raises(ValueError, match="hold NaN or infinity"):
+            realism(torn)
 
 
 @needs_vgg
@@ -655,6 +659,7 @@ def test_contact_sheet_shows_every_column_in_order():
      "z1 and z2 must have one shape"),
     (lambda: hallusr.draw_z((1, 5, 4, 4), 1.1, None), r"z_shared must be in \[0, 1\], got 1.1"),
     (lambda: hallusr.draw_z((1, 5, 4, 4), -0.1, None), r"z_shared must be in \[0, 1\], got -0.1"),
+    (lambda: hallusr.draw_z((4, 5), 1.0, None), r"\(..., z_dim, h, w\), got \(4, 5\)"),
     (lambda: Config(z_shared=2.0), r"z_shared must be in \[0, 1\], got 2"),
     (lambda: Config(explore="noise"), "explore must be branch, gradient or image, got noi"),
     (lambda: train.draw_faces(torch.rand(2, 11), 12), "multiple of 8, got 12"),
@@ -770,9 +775,10 @@ def test_truncated_and_missing_checkpoints_are_named(tmp_path):
     (lambda good: good["settings"].update(colour=3), r"\['colour'\] in one alone"),
     (lambda good: good["settings"].update(widths=(9, 6, 4)), "holds another architecture"),
     (lambda good: good["settings"].update(gradient_branch=False), "holds another architecture"),
-    (lambda good: good["generator"]["head.bias"][3].fill_(math.nan), "spoiled: head.bias holds"),
+    (lambda good: good["generator"]["head.bias"][3].fill_(math.nan),
+     "is spoiled: NaN or infinity in head.bias$"),
     (lambda good: good["generator"]["trunk.0.conv2.weight"][0, 0, 1, 1].fill_(math.inf),
-     "is spoiled: trunk.0.conv2.weight holds NaN or infinity")])
+     "is spoiled: NaN or infinity in trunk.0.conv2.weight$")])
 def test_wrong_checkpoints_are_named(spoil, words, tmp_path):
     path = tmp_path / "bad.pt"
     hallusr.save_checkpoint(path, Generator(**G4))
