@@ -299,9 +299,9 @@ def r1_penalty(logits: torch.Tensor, images: list[torch.Tensor]) -> torch.Tensor
     """R1: squared length of D's slope at real images; weigh it by half its gamma, not (10)'s.
 
     logits (N, 1, h, w) of these images, real ones that had requires_grad set when D saw them ->
-    scalar >= 0, itself differentiable: in float32 (C22). backward() adds to the images' own .grad,
-    so detach them anew each step. Keeps D from becoming steep around the data, where it would throw
-    G back and forth. Source: section 2.3, Mescheder et al.
+    scalar >= 0, itself differentiable. Run D in float32, without autocast (C22). backward() adds to
+    the images' own .grad: detach them anew each step. Keeps D from becoming steep around the data,
+    where it would throw G back and forth. Source: section 2.3, Mescheder et al.
     """
     # C12: an image's logit is the mean of its map (for the sum, R1 would be (h w)^2 times as
     # large); the slope is that with respect to all resolutions together, not to F.
@@ -677,7 +677,7 @@ class Realism(nn.Module):
     forward(images (N, 3, H, W)) -> scalar: Fréchet distance of VGG-16 features (relu3_3) to those
     of `photographs` (M, 3, H, W), in each of 4x4 regions, then the mean; [-1, 1], sides of 16 or
     more. A region holds an eye; but a missing detail costs more than a torn one, so look as well.
-    Few images score worse than many: compare equal N, M and sizes, and aligned faces. No slope.
+    Few images score worse than many: compare equal N, M, sizes, and alignment. No gradient.
     Needs: PerceptualLoss, frechet_distance, quantize. Raises ValueError for fewer than 2 images.
     """
 

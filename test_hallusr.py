@@ -1444,7 +1444,7 @@ def test_training_does_not_go_on_from_what_is_no_run(tmp_path):
     content, path = run_training(tmp_path), tmp_path / "last.pt"
     content["D"]["gradient.to_logits.bias"].fill_(math.nan)
     torch.save(content, path)
-    with pytest.raises(ValueError, match="last.pt is spoiled: gradient.to_logits.bias holds NaN"):
+    with pytest.raises(ValueError, match="last.pt is spoiled: NaN .* in gradient.to_logits.bias"):
         train.main(["--resume", str(path), "--steps", "7", "--device", "cpu"])
     hallusr.save_checkpoint(path, Generator(**G4))
     with pytest.raises(ValueError, match="last.pt holds a generator alone"):
