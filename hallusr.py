@@ -797,4 +797,4 @@ def load_weights(module: nn.Module, state: dict, path: str | Path):
         first = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path} holds another architecture than expected: {first}") from error
     bad = [name for name, weight in module.state_dict().items() if not weight.isfinite().all()]
-    require(not bad, f"{path} is spoiled: NaN or infinity in {', '.join(bad[:2])}")
+    require(not bad, f"{path} is spoiled: {''.join(bad[:1])} holds NaN or infinity")

@@ -775,10 +775,9 @@ def test_truncated_and_missing_checkpoints_are_named(tmp_path):
     (lambda good: good["settings"].update(colour=3), r"\['colour'\] in one alone"),
     (lambda good: good["settings"].update(widths=(9, 6, 4)), "holds another architecture"),
     (lambda good: good["settings"].update(gradient_branch=False), "holds another architecture"),
-    (lambda good: good["generator"]["head.bias"][3].fill_(math.nan),
-     "is spoiled: NaN or infinity in head.bias$"),
+    (lambda good: good["generator"]["head.bias"][3].fill_(math.nan), "spoiled: head.bias holds"),
     (lambda good: good["generator"]["trunk.0.conv2.weight"][0, 0, 1, 1].fill_(math.inf),
-     "is spoiled: NaN or infinity in trunk.0.conv2.weight$")])
+     "is spoiled: trunk.0.conv2.weight holds NaN or infinity")])
 def test_wrong_checkpoints_are_named(spoil, words, tmp_path):
     path = tmp_path / "bad.pt"
     hallusr.save_checkpoint(path, Generator(**G4))
@@ -1444,7 +1443,7 @@ def test_training_does_not_go_on_from_what_is_no_run(tmp_path):
     content, path = run_training(tmp_path), tmp_path / "last.pt"
     content["D"]["gradient.to_logits.bias"].fill_(math.nan)
     torch.save(content, path)
-    with pytest.raises(ValueError, match="last.pt is spoiled: NaN .* in gradient.to_logits.bias"):
+    with pytest.raises(ValueError, match="last.pt is spoiled: gradient.to_logits.bias holds NaN"):
         train.main(["--resume", str(path), "--steps", "7", "--device", "cpu"])
     hallusr.save_checkpoint(path, Generator(**G4))
     with pytest.raises(ValueError, match="last.pt holds a generator alone"):
@@ -1604,10 +1603,9 @@ def test_flags_of_sampling_do_what_they_say(workplace, monkeypatch, capsys):
     for words in ("--samples 2 --walk", "--samples 3 --walk"):
         more = sampled(workplace, monkeypatch, capsys, words)
         with Image.open(workplace / "flags/small/walk.gif") as walk:
-            walks.append(sample.v2.functional.pil_to_tensor(walk.convert("RGB")).float())
-    close = dict(atol=2.1 / 255, rtol=0)  # another batch may round one level otherwise
-    torch.testing.assert_close(more["hallucination_2"], plain["hallucination_2"], **close)
-    torch.testing.assert_close(walks[0], walks[1], atol=8, rtol=0)  # a GIF has 256 colours
+            walks.append(sample.v2.functional.pil_to_tensor(walk.convert("RGB")))
+    assert torch.equal(more["hallucination_2"], plain["hallucination_2"])
+    assert torch.equal(*walks)
     other = sampled(workplace, monkeypatch, capsys, "--samples 2 --seed 1")
     assert not torch.equal(other["hallucination_1"], plain["hallucination_1"])
     still = sampled(workplace, monkeypatch, capsys, "--samples 2 --temperature 0")
