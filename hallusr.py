@@ -192,36 +192,6 @@ class PerceptualLoss(nn.Module):
         return (phi_sr.float() - phi_hr.float()).abs().mean()              # (6)
 
 
-def pretrained_features(build, weights, end: int) -> nn.Sequential:
-    """The first `end` modules of a network's `features`, frozen. Needs: cached_weights."""
-    with torch.device("meta"):  # the shape alone: the rest of the network never takes memory
-        features = build().features[:end]
-    wanted = {name: "features." + name for name in features.state_dict()}
-    state = cached_weights(weights.url, wanted.values())
-    features.load_state_dict({name: state[wanted[name]] for name in wanted}, assign=True)
-    features.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
-    return features.eval().requires_grad_(False)
-
-
-def cached_weights(url: str, names, file: str | None = None) -> dict:
-    """The state dict at url, downloaded once to torch.hub's cache (as `file`), with these names.
-
-    Raises FileNotFoundError when it is not to be had, ValueError when it is damaged or another.
-    """
-    file = file or url.rsplit("/", 1)[-1]
-    place = Path(torch.hub.get_dir()) / "checkpoints" / file
-    try:
-        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=file,
-                                                   weights_only=True)
-        return {name: state[name] for name in names}
-    except OSError as error:
-        raise FileNotFoundError("pretrained weights could not be downloaded: fetch "
-                                f"{url} and save it as {place}") from error
-    except Exception as error:  # what a damaged file ends in depends on where it is damaged
-        raise ValueError(f"the pretrained weights in {place} are damaged: delete that file, and "
-                         "it is downloaded again") from error
-
-
 def gradient_loss(g_sr: torch.Tensor, g_hr: torch.Tensor) -> torch.Tensor:
     """L_grad of (7): mean absolute error of the gradient image. Two equal shapes -> scalar >= 0."""
     require_same(g_sr, g_hr, "g_sr and g_hr")
@@ -398,8 +368,8 @@ class UpBlock(nn.Module):
     Another output of G needs a line in `skip` here and a start in Generator.forward; what it is
     compared with, and its D, belong in train.py.
     Source: Fig. 3. Needs: output_head, conv3x3, activation.
-    forward(features (N, in_channels, H, W), pictures {"image" and, with the branch, "gradient":
-    (N, 3, H, W)}) returns the same two at 2H x 2W, features with out_channels.
+    forward(features (N, in_channels, H, W), pictures {"image" and, with gradient_branch,
+    "gradient": (N, 3, H, W)}) returns the same two at 2H x 2W, features with out_channels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, gradient_branch: bool = True):
@@ -437,13 +407,13 @@ class DownBlock(nn.Module):
         self.conv2 = conv3x3(in_channels, out_channels)
 
     def forward(self, picture, features=None):
-        h = activation(self.from_pixels(picture))                          # (N, in,  H,   W)
+        x = activation(self.from_pixels(picture))                          # (N, in,  H,   W)
         if features is not None:
-            require_same(h, features, "a picture lifted to features, and those of the finer one,")
-            h = h + features                                               # (N, in,  H,   W)
-        h = activation(self.conv1(h))                                      # (N, in,  H,   W)
-        h = activation(self.conv2(h))                                      # (N, out, H,   W)
-        return fn.avg_pool2d(h, 2)                                         # (N, out, H/2, W/2)
+            require_same(x, features, "a picture lifted to features, and those of the finer one,")
+            x = x + features                                               # (N, in,  H,   W)
+        x = activation(self.conv1(x))                                      # (N, in,  H,   W)
+        x = activation(self.conv2(x))                                      # (N, out, H,   W)
+        return fn.avg_pool2d(x, 2)                                         # (N, out, H/2, W/2)
 
 
 # ---- 3.2 Architecture: generator and discriminators ---------------------------------------------
@@ -722,7 +692,7 @@ def std_map(samples: torch.Tensor) -> torch.Tensor:
     return to_levels(samples).std(0, correction=0)
 
 
-# ---- Files: saving and loading a generator ------------------------------------------------------
+# ---- Files: a generator's checkpoint, and pretrained weights ------------------------------------
 
 @contextmanager
 def whole_file(path: str | Path):
@@ -798,3 +768,33 @@ def load_weights(module: nn.Module, state: dict, path: str | Path):
         raise ValueError(f"{path} holds another architecture than expected: {first}") from error
     bad = [name for name, weight in module.state_dict().items() if not weight.isfinite().all()]
     require(not bad, f"{path} is spoiled: {''.join(bad[:1])} holds NaN or infinity")
+
+
+def pretrained_features(build, weights, end: int) -> nn.Sequential:
+    """The first `end` modules of a network's `features`, frozen. Needs: cached_weights."""
+    with torch.device("meta"):  # the shape alone: the rest of the network never takes memory
+        features = build().features[:end]
+    wanted = {name: "features." + name for name in features.state_dict()}
+    state = cached_weights(weights.url, wanted.values())
+    features.load_state_dict({name: state[wanted[name]] for name in wanted}, assign=True)
+    features.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+    return features.eval().requires_grad_(False)
+
+
+def cached_weights(url: str, names, file: str | None = None) -> dict:
+    """The state dict at url, downloaded once to torch.hub's cache (as `file`), with these names.
+
+    Raises FileNotFoundError when it is not to be had, ValueError when it is damaged or another.
+    """
+    file = file or url.rsplit("/", 1)[-1]
+    place = Path(torch.hub.get_dir()) / "checkpoints" / file
+    try:
+        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=file,
+                                                   weights_only=True)
+        return {name: state[name] for name in names}
+    except OSError as error:
+        raise FileNotFoundError("pretrained weights could not be downloaded: fetch "
+                                f"{url} and save it as {place}") from error
+    except Exception as error:  # what a damaged file ends in depends on where it is damaged
+        raise ValueError(f"the pretrained weights in {place} are damaged: delete that file, and "
+                         "it is downloaded again") from error
