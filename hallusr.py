@@ -301,9 +301,8 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 0.1) -> torch.Ten
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
     shrunk = quantize(downscale(image, scale_between(image, lr)))          # (N, 3, h, w)
-    # One grey level is r, so F is near 1 for a visible error: D_I's weights need not grow to see
-    # it. Both images are on 8-bit levels, so their distance is a whole number of levels and
-    # eps = 0.1 permits nothing (C19); read in the units of (9) it would be 12.75 levels.
+    # In grey levels the least error has F = 0.9: D_I's weights need not grow to see it. All are
+    # whole levels, so eps = 0.1 permits nothing; in the units of (9) it would be 12.75 (C19).
     r = 2 / 255
     return fn.relu((shrunk - lr).abs() / r - eps)                          # (12)
 
@@ -456,7 +455,8 @@ class Generator(nn.Module):
         require(z.shape == expected, f"z must have shape {expected}, got {tuple(z.shape)}")
         features = self.head(torch.cat([lr, z], 1))                        # (N, C0, h, w)
         features = self.trunk(features)                                    # (N, C0, h, w)
-        # Fig. 3's skip needs a start, which the paper does not name (C7): LR and its own gradient.
+        # Fig. 3's skip needs a start, unnamed in the paper (C7): LR and its own gradient, which
+        # blocks without the gradient branch pass over.
         pictures = {"image": lr, "gradient": image_gradient(lr)}           # (N, 3,  h, w) each
         resolutions = []
         for block in self.up_blocks:
@@ -580,9 +580,9 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 class LPIPS(nn.Module):
     """Learned perceptual distance, v0.1 on AlexNet: 0 for equal images, about 0.5 for a blur.
 
-    forward(a, b): two (N, 3, H, W) in [-1, 1] -> (N,) >= 0; with_map(a, b) -> that and (N, H, W),
-    the same for every pixel, each layer enlarged to the image. It neither clamps nor rounds: G's
-    images go through quantize first. Source: section 4.2, Zhang et al. 2018; AlexNet from
+    forward(a, b): two (N, 3, H, W) in [-1, 1] -> (N,) >= 0; with_map(a, b) -> that and a
+    map (N, H, W) of it, each layer enlarged to the image. It neither clamps nor rounds: G's images
+    go through quantize first. Source: section 4.2, Zhang et al. 2018; AlexNet from
     torchvision, 1152 learned channel weights from the authors (BSD-2). Raises ValueError for
     different shapes or sides under 31, FileNotFoundError without weights.
     Needs: pretrained_features, cached_weights.

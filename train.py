@@ -274,8 +274,8 @@ def draw_faces(random: torch.Tensor, size: int) -> torch.Tensor:
     """Drawn faces from random (N, 11) in [0, 1]: (N, 3, size, size) on 8-bit levels of [-1, 1].
 
     The last two columns decide, above a half for yes, what LR hides: shrunk to 8x8 or less, faces
-    that differ only in smile and glasses are equal. A frown is the smile upside down inside one
-    row of blocks; the glasses shine by just as much as their frame darkens, block by block.
+    that differ only in smile and glasses are equal, up to one level. A frown is the smile upside
+    down inside one row of blocks; glasses shine by just as much as their frame darkens, in a block.
     """
     def colour(*rgb):
         return torch.tensor(rgb).view(3, 1, 1)
