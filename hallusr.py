@@ -301,8 +301,8 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 0.1) -> torch.Ten
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
     shrunk = quantize(downscale(image, scale_between(image, lr)))          # (N, 3, h, w)
-    # In grey levels the least error has F = 0.9: D_I's weights need not grow to see it. All are
-    # whole levels, so eps = 0.1 permits nothing; in the units of (9) it would be 12.75 (C19).
+    # In grey levels the least error has F = 0.9: D_I's weights need not grow to see it. Errors
+    # are whole levels: eps = 0.1 permits none, and in the units of (9) would be 12.75 (C19).
     r = 2 / 255
     return fn.relu((shrunk - lr).abs() / r - eps)                          # (12)
 

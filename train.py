@@ -60,7 +60,7 @@ class Config:
     d_sr: float = setting(1.0, "section 2.3", "weight of SR beside z1's image in D's loss (D12)")
     alpha: float = setting(1.0, "section 4.1", "weight of the diversity loss in (11)")
     tau: float = setting(1.0, "open", "ceiling of the diversity loss (8) (C3)", 1e-6)
-    eps: float = setting(0.1, "section 4.1", "free disagreement with LR in (12), in grey levels (C19)")
+    eps: float = setting(0.1, "section 4.1", "free disagreement with LR in (12), grey levels (C19)")
     tie: float = setting(0.0, "(10), (11)", "weight of |g - grad(I)| (D4)")
     pixel: float = setting(0.0, "(10)", "weight of L1 on pixels at z = 0 (D7)")
     warmup: int = setting(0, "section 2.3", "first steps, of G alone: z = 0, no D (D8)")
