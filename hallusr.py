@@ -250,7 +250,7 @@ def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> 
     """What D_I and D_g minimise: -log D(real) - log(1 - D(fake)), D = sigmoid(logits).
 
     Any two shapes (real and fake may differ in number), means over each (C23) -> scalar >= 0;
-    2 log 2 = 1.386 when D can not tell. softplus(-l) is -log sigmoid(l), without overflow.
+    2 log 2 = 1.386 when D cannot tell. softplus(-l) is -log sigmoid(l), without overflow.
     """
     # S1: printed is one formula for both players, -log(1 - D(real)) - log D(fake), which is right
     # for G; a D that minimised it would learn to call real images fake.

@@ -38,7 +38,7 @@ from hallusr import (LPIPS, Realism, diversity_score, downscale, draw_z, from_le
 def read_image(path: str | Path) -> torch.Tensor:
     """Any image file, upright, as uint8 RGB (3, H, W); 16-bit grey is rescaled to 8 bits.
 
-    Raises ValueError, naming it, when it can not be read, or has 32-bit values, of unknown range.
+    Raises ValueError, naming it, when it cannot be read, or has 32-bit values, of unknown range.
     """
     try:
         with Image.open(path) as image:
