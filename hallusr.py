@@ -429,7 +429,7 @@ class Generator(nn.Module):
 
     forward(lr (N, 3, h, w) in [-1, 1], z (N, z_dim, h, w)) returns {"image": list, "gradient":
     list}, coarse to fine, (N, 3, 2h, 2w) ... (N, 3, scale*h, scale*w), unbounded: clamp to show.
-    Raises ValueError for wrong settings, shapes or channels.
+    Raises ValueError for widths, scale or blocks that do not fit, wrong shapes or channels.
     """
 
     def __init__(self, size: int = 64, scale: int = 8, z_dim: int = 64, z_shared: float = 1.0,
@@ -501,9 +501,8 @@ class Discriminator(nn.Module):
         super().__init__()
         check_architecture(widths, scale, blocks)
         self.excess_channels = excess_channels
-        fine_to_coarse = tuple(reversed(widths))
-        pairs = zip(fine_to_coarse, fine_to_coarse[1:])
-        self.down_blocks = nn.ModuleList(DownBlock(*pair) for pair in pairs)
+        mirrored = widths[::-1]  # fine to coarse
+        self.down_blocks = nn.ModuleList(DownBlock(*pair) for pair in zip(mirrored, mirrored[1:]))
         self.trunk = nn.Sequential(*(ResidualBlock(widths[0]) for _ in range(blocks - 1)))
         self.last_block = ResidualBlock(widths[0] + excess_channels)       # C21
         self.to_logits = nn.Conv2d(widths[0] + excess_channels, 1, 3, padding=1)  # C7
@@ -554,7 +553,7 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Structural similarity on 8-bit RGB. Two (N, C, H, W) in [-1, 1], H, W >= 11 -> (N,) <= 1.
 
     Wang et al. 2004: 11x11 Gaussian window of sigma 1.5, whole windows only, K = 0.01 and 0.03.
-    The mean over windows and channels. Needs: to_levels. Raises ValueError for unfit shapes.
+    The mean over windows and channels. Needs: to_levels. ValueError for unequal or small sides.
     """
     require_same(image, truth, "image and truth")
     require(min(image.shape[-2:]) >= 11, f"SSIM needs sides of 11, got {tuple(image.shape[-2:])}")
@@ -632,7 +631,7 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b) -> torch.Tensor:
     """|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)), squared distance of two Gaussians.
 
     Means (..., d) and covariances A, B (..., d, d), in double -> (...), >= 0 up to rounding.
-    Source: Dowson and Landau 1982; of images' features, Heusel et al. 2017. ValueError for NaN.
+    Source: Dowson and Landau 1982; of features, Heusel et al. 2017. ValueError for NaN in A or B.
     """
     product = cov_a @ cov_b  # not symmetric, but A^(1/2) B A^(1/2) has the same eigenvalues: >= 0
     require(product.isfinite().all(), "images or their covariances hold NaN or infinity")
@@ -664,10 +663,11 @@ class Realism(nn.Module):
         """One for each region, over all images and positions: means (16, C), covariances."""
         require(len(images) >= 2 and min(images.shape[-2:]) >= 16,
                 f"realism needs 2 images or more, of 16x16 or more, got {tuple(images.shape)}")
-        maps = torch.cat([self.phi.embed(quantize(part)) for part in images.split(50)])
+        maps = torch.cat([self.phi.embed(quantize(part)).cpu() for part in images.split(50)])
         cells = [cell for rows in maps.tensor_split(4, 2) for cell in rows.tensor_split(4, 3)]
-        points = [cell.movedim(1, 3).flatten(0, 2).double().cpu() for cell in cells]  # (N h' w', C)
-        return torch.stack([x.mean(0) for x in points]), torch.stack([x.T.cov() for x in points])
+        points = (cell.movedim(1, 3).flatten(0, 2).double() for cell in cells)  # one at a time
+        pairs = [(x.mean(0), x.T.cov()) for x in points]                   # x (N h' w', C)
+        return tuple(torch.stack(values) for values in zip(*pairs))
 
 
 def diversity_score(maps: torch.Tensor) -> torch.Tensor:
