@@ -273,7 +273,7 @@ class Networks:
 def draw_faces(random: torch.Tensor, size: int) -> torch.Tensor:
     """Drawn faces from random (N, 11) in [0, 1]: (N, 3, size, size) on 8-bit levels of [-1, 1].
 
-    The last two columns decide, above a half for yes, what LR hides: shrunk to 8x8 or less, faces
+    The last two columns decide, above a half for yes, what LR hides: shrunk to 8x8 or 4x4, faces
     that differ only in smile and glasses are equal, up to one level. A frown is the smile upside
     down inside one row of blocks; glasses shine by just as much as their frame darkens, in a block.
     """
@@ -309,7 +309,7 @@ def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Training and validation faces, uint8 (N, 3, size, size); no face is in both."""
     if not arguments.data:
         require(not arguments.val, "--val goes with a folder of photos, not with drawn faces")
-        require(config.size <= 8 * config.scale, "LR of drawn faces must be 8x8 or less, to hide")
+        require(8 * config.scale % config.size == 0, "LR of drawn faces must be 8x8, 4x4 or 2x2")
         counts = arguments.sketches, arguments.val_faces
         random = torch.rand(sum(counts), 11, generator=torch.Generator().manual_seed(0))
         drawn = [to_levels(draw_faces(part, config.size)).byte() for part in random.split(50)]
@@ -318,8 +318,8 @@ def load_faces(arguments, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
     valid = FolderFaces(arguments.val or arguments.data, config.size)
     if not arguments.val:  # a photo's path decides: one that joins the folder later moves no other
         number = {path: zlib.crc32(bytes(path.relative_to(arguments.data))) for path in train.paths}
-        least = min(number.values())  # so that there is one at least
-        valid.paths = [path for path, n in number.items() if n % 20 == 0 or n == least]
+        valid.paths = [path for path, n in number.items() if n % 20 == 0]
+        valid.paths = valid.paths or [min(number, key=number.get)]  # of a small folder, one
     held_out = {path.resolve() for path in valid.paths}
     train.paths = [path for path in train.paths if path.resolve() not in held_out]
     require(train.paths, f"all photos of {arguments.data} are among those to validate on")
@@ -361,7 +361,7 @@ class Report:
         out = Path(named or Path("runs", kind))
         files = ("last.pt", "best.pt", "log.csv", "valid.csv", "grid.png")
         require(not any((out / name).exists() for name in files),
-                f"{out} holds a run already: --resume it, or name another --out")
+                f"{out} holds a run already: --resume it, delete it, or name another --out")
         out.mkdir(parents=True, exist_ok=True)
         (out / "log.csv").touch(exist_ok=False)  # of two runs at one moment, one fails here
         return out
