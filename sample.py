@@ -45,7 +45,7 @@ def read_image(path: str | Path) -> torch.Tensor:
             require(image.mode not in ("I", "F"), f"its values are of mode {image.mode}, not 8-bit")
             upright = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):
-                grey = v2.functional.pil_to_tensor(upright).float() / 257  # (1, H, W), 0-255
+                grey = v2.functional.pil_to_tensor(upright.convert("I")) / 257  # (1, H, W), 0-255
                 return grey.round().byte().expand(3, -1, -1)
             return v2.functional.pil_to_tensor(upright.convert("RGB"))
     except Exception as error:  # what a damaged file ends in depends on where it is damaged
@@ -170,14 +170,15 @@ def evaluate_folder(generator, arguments):
     faces.paths = faces.paths[arguments.slice]
     require(len(faces) > 0, "--slice leaves none of the folder's photos")
     hr = from_levels(stack(faces)).to(arguments.device)
-    realism, lpips, side = None, LPIPS().to(arguments.device), hr.shape[-1]
+    realism, side = None, hr.shape[-1]
     if arguments.others:
         others = FolderFaces(arguments.others, side)
+        require(not {*others.paths} & {*faces.paths}, "--others names the same folder, or a part")
         others.paths = [others.paths[i] for i in spread_out(len(others), len(hr))]
         realism = Realism(from_levels(stack(others)).to(arguments.device))
         print(f"realism: against {len(others)} photos of {arguments.others}")
-    rows = summarize(evaluate(generator, hr, arguments.samples, lpips, realism, arguments.seed,
-                              arguments.temperature))
+    rows = summarize(evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device),
+                              realism, arguments.seed, arguments.temperature))
     print(f"n = {len(hr)} faces of {side}x{side}, {arguments.samples} samples, seed "
           f"{arguments.seed}, temperature {arguments.temperature:g}, project {arguments.project}")
     print(" " * 14 + "".join(f"{name:>11}" for name in rows["hallucination"]))
@@ -327,7 +328,6 @@ def parse_arguments(words=None):
     require(0 <= found.seed < 2 ** 32, f"--seed must be in [0, 2^32), got {found.seed}")
     alone = found.slice == slice(None) and not found.others
     require(found.evaluate or alone, "--slice and --others go with --evaluate")
-    require(not found.others or found.others != found.evaluate, "--others names the same folder")
     require(found.photos or not found.lr, "--lr goes with images: --evaluate makes LR itself")
     return found
 
