@@ -6,19 +6,19 @@ An independent implementation of the method of
     "A generative model for hallucinating diverse versions of super resolution images".
 
 Section, equation and figure numbers are that paper's, and the sections stand in its order: image
-space, DS; 2.1 (3)-(7); 2.2 (8), (9); 2.3 (10), (11); 3.1 (12); 3.2 (1), (2); 4.2; files.
+space, DS; 2.1 (3)-(7); 2.2 (8), (9); 2.3 (10), (11); 3.1 (12); 3.2 (1), (2); 4.2. 4.1: train.py.
 
-Notation (N images, K samples, C channels, C0 = widths[0] of them at LR size; h x w is the small
-size, H x W = scale * h x scale * w the large one, in a block the one that comes in)
+Notation (N images, K samples, C channels, C0 = widths[0] of them at LR size; h x w is LR's size,
+H x W = scale * h x scale * w HR's, but in the docstring of a block that of what comes in)
 
     paper       here            shape             range
     ----------  --------------  ----------------  ------------------------------------------------
     I^LR        lr              (N, 3, h, w)      [-1, 1], on the 256 levels of an 8-bit image
     I^HR        hr              (N, 3, H, W)      [-1, 1]
-    I^SR        sr              (N, 3, H, W)      unbounded, about [-1, 1]; G's image at z = 0
+    I^SR        sr              (N, 3, H, W)      unbounded, about [-1, 1]: G's image at z = 0
     I^H_z       hallucination   (N, 3, H, W)      the same, at z ~ N(0, I)
     g           gradient        (N, 3, H, W)      [0.001, 2 sqrt 2] of images, unbounded from G
-    z           z               (N, z_dim, h, w)  N(0, I) at every pixel, or all zero
+    z           z               (N, z_dim, h, w)  m = z_dim; N(0, I) at every pixel, or all zero
     DS          downscale       -> (N, 3, h, w)   box average
     F           excess          (N, 3, h, w)      grey levels of disagreement with LR, >= 0
     phi_i       PerceptualLoss  a VGG-16 layer    features after a ReLU
@@ -94,8 +94,8 @@ def from_levels(levels: torch.Tensor) -> torch.Tensor:
 def quantize(x: torch.Tensor) -> torch.Tensor:
     """The nearest 8-bit level of [-1, 1], as saving to a file would give; any shape.
 
-    The gradient is exactly 1 everywhere (straight-through, section 3.1): rounding is flat, its true
-    gradient is zero and nothing could learn through it. Values beyond [-1, 1] are clamped in the
+    Its slope is exactly 1 everywhere (straight-through, section 3.1): rounding is flat, its true
+    slope is zero and nothing could learn through it. Values beyond [-1, 1] are clamped in the
     forward pass only. Source: the rounding of (12). Needs: to_levels, from_levels.
     """
     # S5: the 256 levels are (2 k - 255) / 255; multiples of r would lie half a level beside them.
@@ -107,7 +107,7 @@ def downscale(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
     """DS of (9): every factor x factor block becomes its mean. (N, C, H, W) -> (N, C, H/f, W/f).
 
     Not rounded: LR itself is quantize(downscale(hr)) (S4), or the true image would have F > 0.
-    A box, as the paper does not name its kernel (C5). Needs: nothing.
+    A box, as the paper names no kernel (C5); D3 and drawn faces need one. Needs: nothing.
     Raises ValueError when the sides are not multiples of factor.
     """
     require_images(x)
@@ -226,7 +226,7 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
     require_same(z1, z2, "z1 and z2")
     require(len(g1) == len(z1), f"expected a z for each g, got {len(z1)} and {len(g1)}")
     # C3: both distances are mean absolute differences, as in the diversity-sensitive GAN that (8)
-    # comes from. Two photographs of different people give 0.15: tau = 1 never binds.
+    # comes from. Two people's photographs, at the mean distance of z, give 0.15: 1 never binds.
     moved = (g1 - g2).abs().flatten(1).mean(1)                             # (N,)
     apart = (z1 - z2).abs().flatten(1).mean(1) + 1e-5                      # (N,)
     return (moved / apart).clamp(max=tau).mean()                           # (8)
@@ -235,9 +235,9 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
 def project_onto_lr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
     """(9) with eps = 0: the closest image that shrinks to lr, every block shifted by one constant.
 
-    (N, 3, H, W), (N, 3, h, w) -> (N, 3, H, W) with downscale(result) == lr, up to the digits: in
-    bfloat16 that is half a grey level. So a loss on downscale(result) has no slope in image.
-    Clamping or 8-bit rounding afterwards may move it again, and it holds for the box average alone
+    (N, 3, H, W), (N, 3, h, w) -> (N, 3, H, W) with downscale(result) == lr, up to the digits: of a
+    bfloat16 image half a grey level (G's stays float32). So a loss on downscale(result) has no
+    slope in image. Clamping or rounding to 8 bits may move it again, and it holds for the box alone
     (C5). Needs: downscale, upscale_nearest, scale_between. Raises ValueError unless sizes fit.
     """
     factor = scale_between(image, lr)
@@ -276,8 +276,8 @@ def r1_penalty(logits: torch.Tensor, images: list[torch.Tensor]) -> torch.Tensor
     # C12: an image's logit is the mean of its map (for the sum, R1 would be (h w)^2 times as
     # large); the slope is that with respect to all resolutions together, not to F.
     per_image = logits.mean((1, 2, 3))                                     # (N,)
-    gradients = torch.autograd.grad(per_image.sum(), images, create_graph=True)
-    return sum(gradient.square().sum((1, 2, 3)).mean() for gradient in gradients)
+    slopes = torch.autograd.grad(per_image.sum(), images, create_graph=True)
+    return sum(slope.square().sum((1, 2, 3)).mean() for slope in slopes)
 
 
 def reconstruction_loss(percp, grad, adv_g, adv_i, gamma: float = 10.0, beta: float = 0.1):
@@ -515,7 +515,7 @@ class Discriminator(nn.Module):
             require_images(picture, "picture", channels=3)
             features = block(picture, features)                            # (N, C, H/2, W/2)
         features = self.trunk(features)                                    # (N, C0, h, w)
-        excess = features[:, :0] if excess is None else excess             # (N, 0 or 3, h, w)
+        excess = features[:, :0] if excess is None else excess  # D_g: none  (N, 0 or 3, h, w)
         expected = (len(features), self.excess_channels, *features.shape[-2:])
         require(excess.shape == expected,
                 f"excess must have shape {expected}, got {tuple(excess.shape)}")
@@ -646,7 +646,7 @@ class Realism(nn.Module):
     forward(images (N, 3, H, W)) -> scalar: Fréchet distance of VGG-16 features (relu3_3) to those
     of `photographs` (M, 3, H, W), in each of 4x4 regions, then the mean; [-1, 1], sides of 16 or
     more. A region holds an eye; but a missing detail costs more than a torn one, so look as well.
-    Few images score worse than many: compare equal N, M, sizes, and alignment. No gradient.
+    Few images score worse than many: compare equal N, M, sizes, and alignment. No slope.
     Needs: PerceptualLoss, frechet_distance, quantize. Raises ValueError for fewer than 2 images.
     """
 

@@ -142,12 +142,12 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
     real = {"image": pyramid(hr, len(config.widths) - 1)}
     real["gradient"] = [image_gradient(image) for image in real["image"]]  # C11
 
-    # G once, three versions of every face: (1) the reconstruction at z = 0, (2) at z1 and z2.
+    # G once, three blocks of B, an order that all below relies on: (1) at z = 0, (2) at z1, z2.
     z = torch.cat([torch.zeros_like(z1), z1, z2]) if playing else torch.zeros_like(z1)
     with amp:  # {"image", "gradient"}: lists over resolutions of (3B, 3, ., .); B in the warm-up
         made = nets.G(lr.repeat(len(z) // B, 1, 1, 1), z)
     image = made["image"][-1]  # C17: (6)-(8) and F see the finest alone     # (3B, 3, H, W)
-    edges = image_gradient(image)                                            # (3B, 3, H, W)
+    edges = image_gradient(image)  # of the image; G's own g is in `made`    # (3B, 3, H, W)
     terms, l_z = {}, 0.0
     adv_sr = adv_h = {"image": 0.0, "gradient": 0.0}
     if playing:
@@ -162,14 +162,14 @@ def training_step(nets, perceptual, amp, config: Config, hr, z1, z2, step: int) 
         _, g1, g2 = explored.chunk(3)                                        # (B, 3, H, W) each
         l_z = diversity_loss(g1, g2, z1, z2, config.tau)
         terms |= dict(L_z=l_z, image_moves=(image[B:2 * B] - image[2 * B:]).abs() * 127.5)
-    # G step: minimise (10) for z = 0 plus (11) for z1, against the D just improved.
+    # G step: minimise (10) at z = 0 plus (11): L_adv at z1, L_z at z1 and z2. D stands still.
     with amp:
         l_percp = perceptual(image[:B], hr)
     l_pixel = (image[:B] - hr).abs().mean()                                  # D7
     l_grad = tie = torch.zeros((), device=hr.device)
     if "gradient" in made:
         l_grad = gradient_loss(made["gradient"][-1][:B], real["gradient"][-1])
-        tie = gradient_loss(made["gradient"][-1], edges)                     # D4
+        tie = gradient_loss(made["gradient"][-1], edges)                     # D4, at any z
     recons = reconstruction_loss(l_percp, l_grad, adv_sr["gradient"], adv_sr["image"],
                                  config.gamma, config.beta)
     halluc = hallucination_loss(adv_h["gradient"], adv_h["image"], l_z, config.alpha)
@@ -188,7 +188,7 @@ def update_discriminators(nets, amp, config: Config, real, fake, F, B: int, step
         with amp:
             logits = D(both, given[domain]).float()                          # (B + J, 1, h, w)
         real_logits, *of_sr, of_h = logits.split(B)  # of_sr: [] where J = B
-        # D12: a mean; SR weighs d_sr, z1 1. At 1 to 1 nearly all drawn z1 wore glasses, no SR did.
+        # D12: a weighted mean, hallucinations 1, SR d_sr; the README says why not 1 to 1.
         against_sr = sum(config.d_sr * discriminator_loss(real_logits, part) for part in of_sr)
         loss = loss + (discriminator_loss(real_logits, of_h) + against_sr) / (1 + config.d_sr)
         terms |= {f"D_{domain}_real": real_logits, f"D_{domain}_fake": of_h}
