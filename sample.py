@@ -166,17 +166,17 @@ def summarize(rows: dict) -> dict:
 
 def evaluate_folder(generator, arguments):
     """Print Table 1's rows for a folder and write them as JSON."""
-    faces = FolderFaces(arguments.evaluate, generator.settings["size"])
+    realism, side = None, generator.settings["size"]
+    faces = FolderFaces(arguments.evaluate, side)
     faces.paths = faces.paths[arguments.slice]
     require(len(faces) > 0, "--slice leaves none of the folder's photos")
-    hr = from_levels(stack(faces)).to(arguments.device)
-    realism, side = None, hr.shape[-1]
     if arguments.others:
         others = FolderFaces(arguments.others, side)
         require(not {*others.paths} & {*faces.paths}, "--others names the same folder, or a part")
-        others.paths = [others.paths[i] for i in spread_out(len(others), len(hr))]
+        others.paths = [others.paths[i] for i in spread_out(len(others), len(faces))]
         realism = Realism(from_levels(stack(others)).to(arguments.device))
         print(f"realism: against {len(others)} photos of {arguments.others}")
+    hr = from_levels(stack(faces)).to(arguments.device)
     rows = summarize(evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device),
                               realism, arguments.seed, arguments.temperature))
     print(f"n = {len(hr)} faces of {side}x{side}, {arguments.samples} samples, seed "
