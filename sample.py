@@ -92,12 +92,11 @@ class FolderFaces(Dataset):
 
 def stack(dataset: Dataset, most: int | None = None) -> torch.Tensor:
     """The dataset, or its first `most` items, as one tensor."""
-    faces, wanted = None, min(len(dataset), most or len(dataset))
+    first, wanted = dataset[0], min(len(dataset), most or len(dataset))
+    # Filled in place: a list and its stack would take twice the memory.
+    faces = torch.empty(wanted, *first.shape, dtype=first.dtype)
     for i in range(wanted):
-        image = dataset[i]
-        if faces is None:  # filled in place: a list and its stack would take twice the memory
-            faces = torch.empty(wanted, *image.shape, dtype=image.dtype)
-        faces[i] = image
+        faces[i] = dataset[i]
     return faces
 
 
@@ -352,6 +351,7 @@ def find_device(name: str) -> str:
 
 def run_as_script(main):
     """main(), and for whatever a user can mend one sentence and an exit code, not a traceback."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 (scores, R1) with all its digits on a GPU too
     try:
         main()
         print(end="", flush=True)

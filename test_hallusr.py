@@ -1307,6 +1307,13 @@ def test_a_folder_that_can_not_be_is_named_in_one_sentence(tmp_path, monkeypatch
             sample.run_as_script(lambda: run_training(out))
 
 
+def test_programs_compute_float32_with_all_its_digits_on_a_gpu(monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
+    sample.run_as_script(lambda: found.append(torch.backends.cudnn.allow_tf32))
+    assert found == [False]
+
+
 @pytest.mark.parametrize("module, writer, file", [
     (torch, "save", "last.pt"), (Path, "write_text", "log.csv"),
     (sample, "save_image", "grid.png")])

@@ -603,7 +603,6 @@ def main(words=None):
     join_processes(arguments, config)
     print(f"differs from the print in: {', '.join(deviations(config)) or 'nothing'}")
     print(", ".join(f"{name} {value}" for name, value in asdict(config).items()))
-    torch.backends.cudnn.allow_tf32 = False  # where float32 is meant (R1), float32 it is
     pixels = config.perceptual == "pixels"  # D6; before the faces, as weights may be missing
     perceptual = torch.nn.L1Loss() if pixels else PerceptualLoss(config.perceptual)
     faces, valid = load_faces(arguments, config)
