@@ -431,11 +431,25 @@ def test_ssim_against_loops():
     torch.testing.assert_close(hallusr.ssim(a, a), torch.ones(2))
 
 
+@pytest.mark.parametrize("layer", hallusr.VGG_LAYERS)
+def test_a_vgg_layer_is_what_its_name_says(layer):
+    with torch.device("meta"):
+        features = hallusr.vgg16().features[:hallusr.VGG_LAYERS[layer]]
+    kinds = [type(module).__name__ for module in features]
+    block, number = map(int, layer[4:].split("_"))
+    pools = [i for i, kind in enumerate(kinds) if kind == "MaxPool2d"]
+    assert len(pools) == block - 1
+    assert kinds[(pools or [-1])[-1] + 1:] == ["Conv2d", "ReLU"] * number
+
+
 def test_diversity_score_by_hand():
     maps = torch.tensor([[[0.2, 0.6]], [[0.4, 0.2]]]).view(2, 1, 1, 2)  # best sample 0.3, pixels .2
     assert hallusr.diversity_score(maps).item() == pytest.approx(100 * (0.3 - 0.2) / 0.3)
     assert hallusr.diversity_score(maps[:1].expand(2, -1, -1, -1)).item() == 0
     assert hallusr.diversity_score(torch.zeros(2, 1, 2, 2)).item() == 0  # all are the truth
+    two_faces = torch.tensor([[[.2, .6], [.8, .8]], [[.4, .2], [.9, .1]]]).view(2, 2, 1, 2)
+    expected = torch.tensor([100 / 3, 10.0])  # (0.3 - 0.2) / 0.3, (0.5 - 0.45) / 0.5
+    torch.testing.assert_close(hallusr.diversity_score(two_faces), expected)
 
 
 def test_pixel_std_by_hand():
@@ -964,7 +978,7 @@ def test_running_average_follows_and_forgets():
 
 @pytest.mark.parametrize("marks, best", [
     ([(2, 20.0), (4, 21.0), (6, 19.0)], [4]), ([(2, 30.0), (4, 21.0), (6, 22.0)], [4, 6]),
-    ([(2, 30.0)], [])])
+    ([(2, 30.0)], []), ([(2, 20.0), (3, 30.0)], [])])
 def test_the_best_row_since_the_warm_up_is_kept(marks, best, tmp_path, monkeypatch):
     values = iter(marks)
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: None)
@@ -1199,6 +1213,116 @@ def test_rates_fall_to_a_tenth_at_the_end():
     assert rates[3] == pytest.approx([0.1, 0.2])
 
 
+def test_batches_draw_every_face_and_its_mirror_and_differ_by_seed():
+    faces = torch.zeros(5, 3, 16, 16).byte()
+    for i in range(5):
+        faces[i, :, :, :8] = 10 * i + 5
+    config, seen = Config(**TINY), set()
+    for step in range(60):
+        for face in hallusr.to_levels(train.batch_at(faces, config, step, "cpu")[0]):
+            seen.add((face[0, 0, 0].item(), face[0, 0, -1].item()))
+    assert seen == {pair for value in range(5, 50, 10) for pair in ((value, 0), (0, value))}
+    other = train.batch_at(faces, replace(config, seed=1), 0, "cpu")[1]
+    same = [train.batch_at(faces, config, step, "cpu")[1] for step in (0, 1)]
+    assert not any(torch.equal(other, z) for z in same)
+
+
+def test_batches_share_noise_between_pixels_as_the_setting_says():
+    config = replace(Config(**TINY), z_shared=0.5, batch=4000)
+    _, z1, _ = train.batch_at(torch.zeros(2, 3, 16, 16).byte(), config, 0, "cpu")
+    shared = (z1[..., 0, 0] * z1[..., 3, 3]).mean().item()
+    assert shared == pytest.approx(0.5 ** 2, abs=0.03)
+
+
+def test_samples_are_of_z_0_and_of_noise_as_the_model_knows_it(tmp_path):
+    seen = []
+    class Spy(Bicubic):
+        settings = {"z_shared": 0.5, "size": 16}
+        def forward(self, lr, z):
+            seen.append(z)
+            return super().forward(lr, z)
+    save_image(torch.rand(3, 4, 4), tmp_path / "small.png")
+    sample.write_samples(Spy(), str(tmp_path / "small.png"), SimpleNamespace(
+        lr=True, device="cpu", seed=7, samples=3, temperature=2.0, out=str(tmp_path), walk=False))
+    rng = torch.Generator().manual_seed(7)
+    z = torch.cat([hallusr.draw_z((1, 5, 4, 4), 0.5, rng) for _ in range(2 + 3)])[2:]  # 2: walk
+    assert torch.equal(seen[0], torch.cat([torch.zeros(1, 5, 4, 4), 2 * z]))
+
+
+def test_settings_reach_the_networks():
+    config = Config(size=24, scale=4, z_dim=5, z_shared=0.3, widths=(8, 6, 4), blocks=3,
+                    d_blocks=2, hard_consistency=True)
+    nets = train.Networks(config, "cpu")
+    assert nets.G.settings == dict(size=24, scale=4, z_dim=5, z_shared=0.3, widths=(8, 6, 4),
+                                   blocks=3, hard_consistency=True, gradient_branch=True)
+    assert len(nets.G.trunk) == 3
+    assert [len(D.trunk) + 1 for D in nets.D.values()] == [2, 2]  # its last block takes F
+
+
+def test_adam_has_the_betas_of_section_4_1():
+    nets = train.Networks(Config(**TINY, lr_g=1e-2, lr_d=1e-2), "cpu")
+    for optimizer in (nets.opt_G, nets.opt_D):
+        weight = optimizer.param_groups[0]["params"][0]
+        # No momentum; 0.9: squares 0.1, then 0.9 * 0.1 + 0.1 * 4 = 0.49, over 1 - 0.9^2 = 0.19.
+        for slope, rates in ((1.0, 1.0), (2.0, 2 / math.sqrt(0.49 / 0.19))):
+            old, weight.grad = weight.detach().clone(), torch.full_like(weight, slope)
+            optimizer.step()
+            expected = torch.full_like(weight, 1e-2 * rates)
+            torch.testing.assert_close(old - weight.detach(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_logits_and_r1_are_float32_under_bfloat16(monkeypatch):
+    seen = {}
+    for name in ("r1_penalty", "discriminator_loss", "generator_loss"):
+        def spy(logits, *rest, name=name, real=getattr(hallusr, name)):
+            seen.setdefault(name, set()).add(logits.dtype)
+            return real(logits, *rest)
+        monkeypatch.setattr(train, name, spy)
+    config, amp = Config(**TINY), torch.autocast("cpu", torch.bfloat16)
+    inside = []  # R1's D must not run in bfloat16 at all (C22)
+    real = hallusr.Discriminator.forward
+    monkeypatch.setattr(hallusr.Discriminator, "forward", lambda self, *given: (
+        inside.append((given[0][0].requires_grad, torch.is_autocast_enabled("cpu"))),
+        real(self, *given))[1])
+    train.training_step(train.Networks(config, "cpu"), torch.nn.L1Loss(), amp, config,
+                        levels(2, 3, 16, 16), *torch.randn(2, 2, 5, 4, 4), 0)
+    assert seen == dict.fromkeys(seen, {torch.float32}) and len(seen) == 3
+    assert (True, False) in inside and (False, True) in inside
+
+
+def test_a_photo_is_shown_upright(tmp_path):
+    picture, exif = Image.new("RGB", (4, 2)), Image.Exif()
+    picture.putpixel((0, 0), (255, 0, 0))
+    exif[0x0112] = 6  # to be shown turned clockwise: the corner goes to the top right
+    picture.save(tmp_path / "phone.png", exif=exif)
+    found = sample.read_image(tmp_path / "phone.png")
+    assert found.shape == (3, 4, 2) and found[:, 0, 1].tolist() == [255, 0, 0]
+
+
+def test_a_photos_centre_is_cropped_and_shrunk_as_pillow_does(tmp_path):
+    save_image(torch.rand(3, 48, 72), tmp_path / "photo.png")
+    with Image.open(tmp_path / "photo.png") as photo:
+        expected = photo.convert("RGB").crop((12, 0, 60, 48)).resize((16, 16), Image.BICUBIC)
+    expected = sample.v2.functional.pil_to_tensor(expected).int()
+    found = sample.read_photo(tmp_path / "photo.png", 16).int()
+    assert (found - expected).abs().max() <= 2
+
+
+def test_lr_psnr_is_summed_up_by_its_errors():
+    found = sample.summarize({"SR": {"lr_psnr": torch.tensor([20.0, math.inf])}})
+    assert found["SR"]["lr_psnr"] == pytest.approx(23.0103, abs=1e-3)  # half the error of 20 dB
+
+
+def test_a_folder_that_moves_holds_out_the_same_photos(tmp_path):
+    kept = []
+    for place in ("here", "else/where"):
+        (tmp_path / place).mkdir(parents=True)
+        for i in range(60):
+            (tmp_path / place / f"{i}.png").touch()
+        kept.append(load_names(tmp_path / place))
+    assert kept[0] == kept[1]
+
+
 def load_names(folder, *flags):
     """The names of the photos that --data FOLDER trains on, and of those held out."""
     kept = []
@@ -1297,6 +1421,30 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: False)  # both look before one has written
     with pytest.raises(FileExistsError, match="runs/mine-1/log.csv"):
         train.Report.claim(train.Report, asked)
+
+
+def test_calibration_by_hand():
+    def flat(*values):
+        levels = torch.tensor(values).view(-1, 1, 1, 1, 1)
+        return hallusr.from_levels(levels.expand(-1, 1, 3, 1, 1))
+    found = train.calibration(flat(4., 125., 62., 57.), flat(3.)[0], flat(0., 60., 120., 180.))
+    # SR's error is 9, so clean is up to 18; squared errors 16 (both), 25 (glasses),
+    # 4, 9 (smile).
+    nearest = (16 + 4 + 25 + (180 - 125) ** 2) / 4
+    expected = {"PSNR of the four to a sample, dB": 10 * math.log10(255 ** 2 / nearest),
+                "of the four, found cleanly": 2, "smiles, %": 75, "glasses, %": 50,
+                "rarer mouth, clean, %": 0, "rarer eyes, clean, %": 25,
+                "spread / true spread": math.sqrt(1839.5 / 4500)}
+    for row, value in expected.items():
+        assert found[row].item() == pytest.approx(value, rel=1e-4, abs=1e-4), row
+
+
+def test_the_paper_preset_has_the_papers_numbers():
+    paper = dict(scale=8, blocks=8, d_blocks=8, gamma=10.0, beta=0.1, d_sr=1.0, alpha=1.0, eps=0.1,
+                 tie=0.0, pixel=0.0, warmup=0, r1_every=1, lr_g=1e-4, fall=0.0, batch=8,
+                 z_shared=1.0, hard_consistency=False, explore="branch")
+    config = settings_of("--data photos --preset paper")
+    assert {name: getattr(config, name) for name in paper} == paper
 
 
 def test_a_folder_that_can_not_be_is_named_in_one_sentence(tmp_path, monkeypatch):
