@@ -1060,6 +1060,21 @@ def test_the_table_of_calibration_shows_an_oracle_as_perfect():
     assert values["spread / true spread"][1] == pytest.approx(0.95, abs=0.06)
 
 
+def test_calibration_by_hand():
+    def flat(*values):
+        levels = torch.tensor(values).view(-1, 1, 1, 1, 1)
+        return hallusr.from_levels(levels.expand(-1, 1, 3, 1, 1))
+    found = train.calibration(flat(4., 125., 62., 57.), flat(3.)[0], flat(0., 60., 120., 180.))
+    # SR's error is 9, so clean is up to 18. Squared errors: 16 (both), 25 (glasses), 4, 9 (smile).
+    nearest = (16 + 4 + 25 + (180 - 125) ** 2) / 4
+    expected = {"PSNR of the four to a sample, dB": 10 * math.log10(255 ** 2 / nearest),
+                "of the four, found cleanly": 2, "smiles, %": 75, "glasses, %": 50,
+                "rarer mouth, clean, %": 0, "rarer eyes, clean, %": 25,
+                "spread / true spread": math.sqrt(1839.5 / 4500)}
+    for row, value in expected.items():
+        assert found[row].item() == pytest.approx(value, rel=1e-4, abs=1e-4), row
+
+
 def test_it_learns_a_batch_by_heart(tmp_path):
     for i in range(4):
         save_image(train.draw_faces(torch.rand(1, 11), 32) / 2 + 0.5, tmp_path / f"{i}.png")
@@ -1083,6 +1098,27 @@ def test_batches_are_a_function_of_seed_and_step():
     assert not torch.equal(first[1], other[1]) and not torch.equal(first[1], first[2])
     known = torch.cat([faces, faces.flip(-1)])
     assert all((hallusr.to_levels(face) == known).all((1, 2, 3)).any() for face in first[0])
+
+
+def test_batches_draw_every_face_and_its_mirror_and_differ_by_seed():
+    faces = torch.zeros(5, 3, 16, 16).byte()
+    for i in range(5):
+        faces[i, :, :, :8] = 10 * i + 5
+    config, seen = Config(**TINY), set()
+    for step in range(60):
+        for face in hallusr.to_levels(train.batch_at(faces, config, step, "cpu")[0]):
+            seen.add((face[0, 0, 0].item(), face[0, 0, -1].item()))
+    assert seen == {pair for value in range(5, 50, 10) for pair in ((value, 0), (0, value))}
+    other = train.batch_at(faces, replace(config, seed=1), 0, "cpu")[1]
+    same = [train.batch_at(faces, config, step, "cpu")[1] for step in (0, 1)]
+    assert not any(torch.equal(other, z) for z in same)
+
+
+def test_batches_share_noise_between_pixels_as_the_setting_says():
+    config = replace(Config(**TINY), z_shared=0.5, batch=4000)
+    _, z1, _ = train.batch_at(torch.zeros(2, 3, 16, 16).byte(), config, 0, "cpu")
+    shared = (z1[..., 0, 0] * z1[..., 3, 3]).mean().item()
+    assert shared == pytest.approx(0.5 ** 2, abs=0.03)
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -1213,27 +1249,6 @@ def test_rates_fall_to_a_tenth_at_the_end():
     assert rates[3] == pytest.approx([0.1, 0.2])
 
 
-def test_batches_draw_every_face_and_its_mirror_and_differ_by_seed():
-    faces = torch.zeros(5, 3, 16, 16).byte()
-    for i in range(5):
-        faces[i, :, :, :8] = 10 * i + 5
-    config, seen = Config(**TINY), set()
-    for step in range(60):
-        for face in hallusr.to_levels(train.batch_at(faces, config, step, "cpu")[0]):
-            seen.add((face[0, 0, 0].item(), face[0, 0, -1].item()))
-    assert seen == {pair for value in range(5, 50, 10) for pair in ((value, 0), (0, value))}
-    other = train.batch_at(faces, replace(config, seed=1), 0, "cpu")[1]
-    same = [train.batch_at(faces, config, step, "cpu")[1] for step in (0, 1)]
-    assert not any(torch.equal(other, z) for z in same)
-
-
-def test_batches_share_noise_between_pixels_as_the_setting_says():
-    config = replace(Config(**TINY), z_shared=0.5, batch=4000)
-    _, z1, _ = train.batch_at(torch.zeros(2, 3, 16, 16).byte(), config, 0, "cpu")
-    shared = (z1[..., 0, 0] * z1[..., 3, 3]).mean().item()
-    assert shared == pytest.approx(0.5 ** 2, abs=0.03)
-
-
 def test_samples_are_of_z_0_and_of_noise_as_the_model_knows_it(tmp_path):
     seen = []
     class Spy(Bicubic):
@@ -1313,16 +1328,6 @@ def test_lr_psnr_is_summed_up_by_its_errors():
     assert found["SR"]["lr_psnr"] == pytest.approx(23.0103, abs=1e-3)  # half the error of 20 dB
 
 
-def test_a_folder_that_moves_holds_out_the_same_photos(tmp_path):
-    kept = []
-    for place in ("here", "else/where"):
-        (tmp_path / place).mkdir(parents=True)
-        for i in range(60):
-            (tmp_path / place / f"{i}.png").touch()
-        kept.append(load_names(tmp_path / place))
-    assert kept[0] == kept[1]
-
-
 def load_names(folder, *flags):
     """The names of the photos that --data FOLDER trains on, and of those held out."""
     kept = []
@@ -1343,6 +1348,16 @@ def test_a_photo_that_joins_moves_no_other_from_training_to_validation(tmp_path)
                 assert not before & held_out
             before = trained
     assert 5 < len(held_out) < 30
+
+
+def test_a_folder_that_moves_holds_out_the_same_photos(tmp_path):
+    kept = []
+    for place in ("here", "else/where"):
+        (tmp_path / place).mkdir(parents=True)
+        for i in range(60):
+            (tmp_path / place / f"{i}.png").touch()
+        kept.append(load_names(tmp_path / place))
+    assert kept[0] == kept[1]
 
 
 def test_photos_to_validate_on_and_grids_of_runs_are_not_trained_on(tmp_path):
@@ -1421,30 +1436,6 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: False)  # both look before one has written
     with pytest.raises(FileExistsError, match="runs/mine-1/log.csv"):
         train.Report.claim(train.Report, asked)
-
-
-def test_calibration_by_hand():
-    def flat(*values):
-        levels = torch.tensor(values).view(-1, 1, 1, 1, 1)
-        return hallusr.from_levels(levels.expand(-1, 1, 3, 1, 1))
-    found = train.calibration(flat(4., 125., 62., 57.), flat(3.)[0], flat(0., 60., 120., 180.))
-    # SR's error is 9, so clean is up to 18; squared errors 16 (both), 25 (glasses),
-    # 4, 9 (smile).
-    nearest = (16 + 4 + 25 + (180 - 125) ** 2) / 4
-    expected = {"PSNR of the four to a sample, dB": 10 * math.log10(255 ** 2 / nearest),
-                "of the four, found cleanly": 2, "smiles, %": 75, "glasses, %": 50,
-                "rarer mouth, clean, %": 0, "rarer eyes, clean, %": 25,
-                "spread / true spread": math.sqrt(1839.5 / 4500)}
-    for row, value in expected.items():
-        assert found[row].item() == pytest.approx(value, rel=1e-4, abs=1e-4), row
-
-
-def test_the_paper_preset_has_the_papers_numbers():
-    paper = dict(scale=8, blocks=8, d_blocks=8, gamma=10.0, beta=0.1, d_sr=1.0, alpha=1.0, eps=0.1,
-                 tie=0.0, pixel=0.0, warmup=0, r1_every=1, lr_g=1e-4, fall=0.0, batch=8,
-                 z_shared=1.0, hard_consistency=False, explore="branch")
-    config = settings_of("--data photos --preset paper")
-    assert {name: getattr(config, name) for name in paper} == paper
 
 
 def test_a_folder_that_can_not_be_is_named_in_one_sentence(tmp_path, monkeypatch):
@@ -1550,6 +1541,14 @@ def test_a_run_knows_its_photos_from_anywhere_and_says_how_many_joined(tmp_path,
 
 def settings_of(words):
     return train.prepare(shlex.split(words))[1]
+
+
+def test_the_paper_preset_has_the_papers_numbers():
+    paper = dict(scale=8, blocks=8, d_blocks=8, gamma=10.0, beta=0.1, d_sr=1.0, alpha=1.0, eps=0.1,
+                 tie=0.0, pixel=0.0, warmup=0, r1_every=1, lr_g=1e-4, fall=0.0, batch=8,
+                 z_shared=1.0, hard_consistency=False, explore="branch")
+    config = settings_of("--data photos --preset paper")
+    assert {name: getattr(config, name) for name in paper} == paper
 
 
 def test_every_setting_is_a_flag_that_overrides_the_preset(capsys):
