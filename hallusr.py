@@ -1,36 +1,24 @@
-"""hallusr: from one 8x8 face, a 64x64 reconstruction and as many other plausible faces as you like.
+"""hallusr: from one 8x8 face to a 64x64 reconstruction and many other plausible faces.
 
-An independent implementation of the method of
+The method of Abid, Hedhli and Gagné, "A generative model for hallucinating diverse
+versions of super resolution images", in the order of the paper, whose section and
+equation numbers stand at the lines. assets/PAPER.md lists where the code differs.
+Training (section 4.1) is in train.py.
 
-    Mohamed Abid, Ihsen Hedhli, Christian Gagné,
-    "A generative model for hallucinating diverse versions of super resolution images".
+    paper       here            shape              range
+    ----------  --------------  -----------------  -----------------------------------
+    I^LR        lr              (N, 3, h, w)       [-1, 1], on 256 levels as in a file
+    I^HR        hr              (N, 3, H, W)       [-1, 1]; H = scale * h
+    I^SR        sr              (N, 3, H, W)       about [-1, 1]: G's image at z = 0
+    I^H_z       hallucination   (N, 3, H, W)       the same, at z ~ N(0, I)
+    g           gradient        (N, 3, H, W)       >= 0 of images, unbounded from G
+    z           z               (N, z_dim, h, w)   N(0, I) at every LR pixel, or zero
+    DS          downscale       -> (N, 3, h, w)    box average
+    F           excess          -> (N, 3, h, w)    grey levels by which LR is missed
+    D_I, D_g    Discriminator   -> (N, 1, h, w)    logits: > 0 says "a photograph"
 
-Section, equation and figure numbers are that paper's, and the sections stand in its order: image
-space, DS; 2.1 (3)-(7); 2.2 (8), (9); 2.3 (10), (11); 3.1 (12); 3.2 (1), (2); 4.2. 4.1: train.py.
-
-Notation (N images, K samples, C channels, C0 = widths[0] of them at LR size; h x w is LR's size,
-H x W = scale * h x scale * w HR's, but in the docstring of a block that of what comes in)
-
-    paper       here            shape             range
-    ----------  --------------  ----------------  ------------------------------------------------
-    I^LR        lr              (N, 3, h, w)      [-1, 1], on the 256 levels of an 8-bit image
-    I^HR        hr              (N, 3, H, W)      [-1, 1]
-    I^SR        sr              (N, 3, H, W)      unbounded, about [-1, 1]: G's image at z = 0
-    I^H_z       hallucination   (N, 3, H, W)      the same, at z ~ N(0, I)
-    g           gradient        (N, 3, H, W)      [0.001, 2 sqrt 2] of images, unbounded from G
-    z           z               (N, z_dim, h, w)  m = z_dim; N(0, I) at every pixel, or all zero
-    DS          downscale       -> (N, 3, h, w)   box average
-    F           excess          (N, 3, h, w)      grey levels of disagreement with LR, >= 0
-    phi_i       PerceptualLoss  a VGG-16 layer    features after a ReLU
-    D_I, D_g    Discriminator   -> (N, 1, h, w)   logits: > 0 says real
-    r           2 / 255         one grey level    from one 8-bit level in [-1, 1] to the next
-
-What G makes and D judges are lists over resolutions, from coarse (2h x 2w) to fine. Where the code
-is not the print, the line says so: S1-S7 correct slips, C1-C23 fill silences, D1-D13 are
-deviations, each a setting; `--preset paper --data FOLDER` has none. The README lists them all.
-
-Copying: a piece takes along the names after "Needs" in its docstring, and these their own. What is
-called require... or check... only raises clear errors: take it too, or delete its lines.
+To copy a piece, take along what its docstring names after "Needs". Delete its lines
+with require... or check...: they only turn wrong arguments into clear errors.
 """
 import os
 from contextlib import contextmanager
@@ -38,119 +26,68 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as fn  # not F, which is the paper's excess
+import torch.nn.functional as fn  # not F, which is the paper's condition for D_I
 from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
 
-# ---- Clear errors for wrong arguments -----------------------------------------------------------
-
-def require(condition: bool, message: str):
-    """Raise ValueError(message) unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def require_floats(x: torch.Tensor, name: str = "image"):
-    """Raise ValueError for uint8 and the like: 0-255 would be clamped, and score as perfect."""
-    require(x.is_floating_point(), f"{name} must be floats in [-1, 1], got {x.dtype}: from_levels "
-                                   "makes them from 8-bit values")
-
-
-def require_images(x: torch.Tensor, name: str = "image", channels: int | None = None):
-    """Raise ValueError unless x is a batch of float images, (N, C, H, W)."""
-    require(x.ndim == 4 and channels in (None, x.shape[1]),
-            f"{name} must have shape (N, {channels or 'C'}, H, W), got {tuple(x.shape)}")
-    require_floats(x, name)
-
-
-def require_same(a: torch.Tensor, b: torch.Tensor, names: str):
-    """Raise ValueError unless both tensors have one shape: broadcasting would hide a mistake."""
-    require(a.shape == b.shape,
-            f"{names} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-
-
-def check_architecture(widths: tuple, scale: int, blocks: int):
-    """Raise ValueError unless widths, scale and blocks fit together."""
-    require(scale >= 2 and scale & (scale - 1) == 0,
-            f"scale must be a power of two, 2 or more, got {scale}")
-    needed = scale.bit_length()
-    require(len(widths) == needed and all(width >= 1 for width in widths),
-            f"widths needs {needed} positive numbers for scale {scale}, got {widths}")
-    require(blocks >= 1, f"blocks must be 1 or more, got {blocks}")
-
-
-# ---- Image space: levels, DS, enlargement -------------------------------------------------------
+# ---- Image space: 8-bit levels, shrinking, enlarging ---------------------------------
 
 def to_levels(x: torch.Tensor) -> torch.Tensor:
-    """Floats (else ValueError), clamped to [-1, 1], to 8-bit values 0, 1, ..., 255, as floats."""
+    """Floats, clamped to [-1, 1], as 8-bit values 0, 1, ..., 255 (still floats)."""
     require_floats(x)
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round()  # bfloat16 has too few digits
+    # bfloat16 has too few digits for 256 levels.
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round()
 
 
 def from_levels(levels: torch.Tensor) -> torch.Tensor:
-    """8-bit values 0-255, uint8 or float, to floats in [-1, 1]. Any shape."""
+    """8-bit values 0-255, uint8 or float, as floats in [-1, 1]. Any shape."""
     return levels.float() / 127.5 - 1
 
 
 def quantize(x: torch.Tensor) -> torch.Tensor:
-    """The nearest 8-bit level of [-1, 1], as saving to a file would give; any shape.
+    """The nearest 8-bit level of [-1, 1], as saving to a file would give. Any shape.
 
-    Its slope is exactly 1 everywhere (straight-through, section 3.1): rounding is flat, its true
-    slope is zero and nothing could learn through it. Values beyond [-1, 1] are clamped in the
-    forward pass only. Source: the rounding of (12). Needs: to_levels, from_levels.
+    The rounding of (12), "to the closest colour value". Needs: to_levels, from_levels.
     """
-    # S5: the 256 levels are (2 k - 255) / 255; multiples of r would lie half a level beside them.
     rounded = from_levels(to_levels(x.detach()))
-    return x - x.detach() + rounded  # 0 + rounded forward, 1 + 0 backward
+    # Rounding is flat, so nothing could learn through it. This line is `rounded`
+    # forward, with slope 1 backward: section 3.1's straight-through estimator.
+    return x - x.detach() + rounded
 
 
 def downscale(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
-    """DS of (9): every factor x factor block becomes its mean. (N, C, H, W) -> (N, C, H/f, W/f).
-
-    Not rounded: LR itself is quantize(downscale(hr)) (S4), or the true image would have F > 0.
-    A box, as the paper names no kernel (C5); D3 and drawn faces need one. Needs: nothing.
-    Raises ValueError when the sides are not multiples of factor.
-    """
+    """DS of (9): block means. (N, C, H, W) -> (N, C, H/factor, W/factor)."""
     require_images(x)
     require(factor >= 1 and x.shape[-2] % factor == 0 and x.shape[-1] % factor == 0,
             f"image sides must be multiples of {factor}, got {x.shape[-2]} x {x.shape[-1]}")
+    # Not rounded yet: LR itself is quantize(downscale(hr)), as every LR file is.
     return fn.avg_pool2d(x, factor)
 
 
 def upscale_nearest(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
-    """Repeat every pixel, so that downscale undoes it. (N, C, h, w) -> (N, C, h*f, w*f)."""
-    return fn.interpolate(x, (x.shape[-2] * factor, x.shape[-1] * factor), mode="nearest")
+    """Repeat every pixel, so that downscale undoes it. (N, C, h, w) -> (N, C, H, W)."""
+    size = (x.shape[-2] * factor, x.shape[-1] * factor)
+    return fn.interpolate(x, size, mode="nearest")
 
 
-def upscale_bicubic(lr: torch.Tensor, factor: int = 8) -> torch.Tensor:
-    """Table 1's baseline, clamped to [-1, 1]. (N, C, h, w) -> (N, C, h*f, w*f)."""
-    # torch's kernel has a = -0.75; others have -0.5 and give slightly other scores.
-    return fn.interpolate(lr, scale_factor=factor, mode="bicubic").clamp(-1, 1)
+def pyramid(x: torch.Tensor, resolutions: int = 3) -> list[torch.Tensor]:
+    """An image at every resolution, coarse to fine, as G makes them. Needs: downscale."""
+    coarser = [downscale(x, 2 ** level) for level in reversed(range(1, resolutions))]
+    return coarser + [x]
 
 
-def scale_between(image: torch.Tensor, lr: torch.Tensor) -> int:
-    """The factor from lr's size to image's. Raises ValueError when there is no single one."""
-    require_images(image, channels=3)
-    require_images(lr, "lr", channels=3)
-    factor = image.shape[-1] // lr.shape[-1]
-    require(image.shape == (len(lr), 3, lr.shape[-2] * factor, lr.shape[-1] * factor),
-            f"there must be one image for each lr, its sides one multiple of lr's, got "
-            f"{tuple(image.shape)} and {tuple(lr.shape)}")
-    return factor
-
-
-# ---- 2.1 Image reconstruction -------------------------------------------------------------------
+# ---- 2.1 Image reconstruction --------------------------------------------------------
 
 def image_gradient(x: torch.Tensor) -> torch.Tensor:
-    """Length of the gradient at every pixel, per channel: edges bright, flat areas near 0.
+    """Length of the gradient at every pixel, per channel: edges are bright.
 
-    Floats (N, C, H, W), else ValueError -> (N, C, H, W), for [-1, 1] in [0.001, 2 sqrt 2].
+    (N, C, H, W) -> the same shape; of images in [-1, 1], in [0.001, 2 sqrt 2].
     """
     require_images(x)
-    # C6: the border is repeated, as zeros would draw a frame around every image. 1e-6 stands under
-    # the root, whose slope is infinite at 0: one flat area would turn all weights into NaN.
+    # The border is repeated: zeros would draw a frame around the image.
     padded = fn.pad(x, (1, 1, 1, 1), mode="replicate")
     g_x = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]  # (3) I(x+1, y) - I(x-1, y)
     g_y = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]  # (4) I(x, y+1) - I(x, y-1)
+    # Without 1e-6 the root is infinitely steep at 0: a flat area would give NaN.
     return (g_x.square() + g_y.square() + 1e-6).sqrt()      # (5)
 
 
@@ -159,155 +96,149 @@ VGG_LAYERS = {"relu1_2": 4, "relu2_2": 9, "relu3_3": 16, "relu4_3": 23}
 
 
 class PerceptualLoss(nn.Module):
-    """L_percp of (6): mean absolute difference of VGG-16 features.
+    """L_percp of (6): mean absolute difference of VGG-16's features.
 
-    forward(sr (N, 3, H, W), hr (N, 3, H, W)), both around [-1, 1], returns a scalar >= 0;
-    embed(x) gives the features alone, (N, C, H', W').
-    `layer` names phi_i, which the paper leaves open (C16); relu2_2 is what (6)'s source, Johnson et
-    al., use for super-resolution. Only the layers up to it are kept, frozen. Weights: torchvision's
-    VGG16 IMAGENET1K_V1, downloaded once to its cache. Needs: VGG_LAYERS, pretrained_features.
-    Raises ValueError for an unknown layer or different shapes, FileNotFoundError without weights.
+    forward(sr, hr), both (N, 3, H, W) around [-1, 1], returns a scalar. embed(x) gives
+    the features alone. FileNotFoundError where the weights cannot be downloaded.
+    Needs: VGG_LAYERS, pretrained_features.
     """
 
     def __init__(self, layer: str = "relu2_2"):
         super().__init__()
+        # phi_i, which the paper leaves open. Its source, Johnson et al., has relu2_2.
         require(layer in VGG_LAYERS, f"layer must be one of {list(VGG_LAYERS)}, got {layer!r}")
-        self.features = pretrained_features(vgg16, VGG16_Weights.IMAGENET1K_V1, VGG_LAYERS[layer])
-        # ImageNet's statistics are of images in [0, 1]; ours are in [-1, 1].
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        end = VGG_LAYERS[layer]
+        self.features = pretrained_features(vgg16, VGG16_Weights.IMAGENET1K_V1, end)
+        # ImageNet's statistics are published for [0, 1]; our images are in [-1, 1].
+        mean = torch.tensor([0.485, 0.456, 0.406])
+        std = torch.tensor([0.229, 0.224, 0.225])
         self.register_buffer("mean", (mean * 2 - 1).view(1, 3, 1, 1))
         self.register_buffer("std", (std * 2).view(1, 3, 1, 1))
 
     def embed(self, x):
         require_images(x, channels=3)
-        return self.features((x - self.mean) / self.std)
+        return self.features((x - self.mean) / self.std)        # (N, C, H', W')
 
     def forward(self, sr, hr):
         require_same(sr, hr, "sr and hr")
-        phi_sr = self.embed(sr)                                            # (N, C, H', W')
+        phi_sr = self.embed(sr)                                 # (N, C, H', W')
         with torch.no_grad():
-            phi_hr = self.embed(hr)                                        # (N, C, H', W')
-        # S6: "Euclidean" in the sentence, norm 1 in the formula, which holds. C2: a mean, so that
-        # weights hold for any size; a sum (131,072 times it at relu2_2 of 64x64) drowns L_adv.
-        return (phi_sr.float() - phi_hr.float()).abs().mean()              # (6)
+            phi_hr = self.embed(hr)                             # (N, C, H', W')
+        # (6) prints a sum; a mean has a weight that holds for every size and layer.
+        return (phi_sr.float() - phi_hr.float()).abs().mean()   # (6)
 
 
 def gradient_loss(g_sr: torch.Tensor, g_hr: torch.Tensor) -> torch.Tensor:
-    """L_grad of (7): mean absolute error of the gradient image. Two equal shapes -> scalar >= 0."""
+    """L_grad of (7): mean absolute error. Two equal shapes -> scalar."""
     require_same(g_sr, g_hr, "g_sr and g_hr")
-    return (g_sr - g_hr).abs().mean()  # (7), where the text says mean and the formula a norm (C2)
+    return (g_sr - g_hr).abs().mean()                           # (7)
 
 
-# ---- 2.2 Image hallucination --------------------------------------------------------------------
+# ---- 2.2 Image hallucination ---------------------------------------------------------
 
 def draw_z(shape: tuple, z_shared: float, rng: torch.Generator) -> torch.Tensor:
-    """Noise for G: z(p) = s v + sqrt(1 - s^2) u(p), with v for all LR pixels and u for each one.
+    """Noise for G, N(0, I) at every LR pixel. shape (..., z_dim, h, w) -> that shape.
 
-    shape (..., z_dim, h, w), s = z_shared in [0, 1] -> that shape, N(0, I) at every pixel p for any
-    s, drawn with rng. s = 1 is the paper's one vector of z_dim numbers (S7); s = 0 a map in which
-    one eye may change without the other (D1). Raises ValueError for another s, or without h, w.
+    z_shared in [0, 1] says how much of it all pixels of a face share: at 1, as in the
+    paper, z is one vector of z_dim numbers; at 0, every pixel has its own.
     """
     require(0 <= z_shared <= 1, f"z_shared must be in [0, 1], got {z_shared}")
-    require(len(shape) >= 3, f"shape must be (..., z_dim, h, w), got {shape}")  # or faces share v
-    u = torch.randn(shape, generator=rng)                                  # (..., z_dim, h, w)
-    v = torch.randn((*shape[:-2], 1, 1), generator=rng)                    # (..., z_dim, 1, 1)
-    return z_shared * v + (1 - z_shared ** 2) ** 0.5 * u
+    require(len(shape) >= 3, f"shape must be (..., z_dim, h, w), got {shape}")
+    own = torch.randn(shape, generator=rng)                     # (..., z_dim, h, w)
+    shared = torch.randn((*shape[:-2], 1, 1), generator=rng)    # (..., z_dim, 1, 1)
+    # Squares of the two factors add up to 1: the variance stays 1.
+    return z_shared * shared + (1 - z_shared ** 2) ** 0.5 * own
 
 
 def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
-    """L_z of (8), to be *maximised*: how far the gradient images move per step in z, at most tau.
+    """L_z of (8), to be *maximised*: how far the gradient moves per step in z.
 
-    g1, g2 (N, C, H, W) are G's gradients at z1, z2, (N, ...) both, for the same LR -> scalar in
-    [0, tau]. Without it G may ignore z: D asks of each image alone whether it is plausible. A pair
-    beyond tau has no slope. Raises ValueError for different shapes, unequal N or tau <= 0.
+    g1, g2 (N, C, H, W) are G's gradients at z1, z2 (N, ...), of the same LR -> scalar.
     """
     require(tau > 0, f"tau must be positive, got {tau}")
     require_same(g1, g2, "g1 and g2")
     require_same(z1, z2, "z1 and z2")
     require(len(g1) == len(z1), f"expected a z for each g, got {len(z1)} and {len(g1)}")
-    # C3: both distances are mean absolute differences, as in the diversity-sensitive GAN that (8)
-    # comes from. Two people's photographs, at the mean distance of z, give 0.15: 1 never binds.
-    moved = (g1 - g2).abs().flatten(1).mean(1)                             # (N,)
-    apart = (z1 - z2).abs().flatten(1).mean(1) + 1e-5                      # (N,)
-    return (moved / apart).clamp(max=tau).mean()                           # (8)
+    # Why? D only asks whether an image is plausible: G could please it and ignore z.
+    moved = (g1 - g2).abs().flatten(1).mean(1)                  # (N,)
+    apart = (z1 - z2).abs().flatten(1).mean(1) + 1e-5           # (N,)
+    # A pair beyond tau has no slope any more: it is far enough apart.
+    return (moved / apart).clamp(max=tau).mean()                # (8)
 
 
 def project_onto_lr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
-    """(9) with eps = 0: the closest image that shrinks to lr, every block shifted by one constant.
+    """(9) with eps = 0, by construction: the closest image that shrinks to lr.
 
-    (N, 3, H, W), (N, 3, h, w) -> (N, 3, H, W) with downscale(result) == lr, up to the digits: of a
-    bfloat16 image half a grey level (G's stays float32). So a loss on downscale(result) has no
-    slope in image. Clamping or rounding to 8 bits may move it again, and it holds for the box alone
-    (C5). Needs: downscale, upscale_nearest, scale_between. Raises ValueError unless sizes fit.
+    image (N, 3, H, W), lr (N, 3, h, w) -> (N, 3, H, W). Clamping or rounding it may
+    move it away again. Needs: downscale, upscale_nearest, scale_between.
     """
     factor = scale_between(image, lr)
-    return image + upscale_nearest(lr - downscale(image, factor), factor)
+    missing = lr - downscale(image, factor)                     # (N, 3, h, w)
+    # One constant for each block: the details inside stay.
+    return image + upscale_nearest(missing, factor)             # (N, 3, H, W)
 
 
-# ---- 2.3 Overall objective ----------------------------------------------------------------------
+# ---- 2.3 Overall objective -----------------------------------------------------------
 
-def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """What D_I and D_g minimise: -log D(real) - log(1 - D(fake)), D = sigmoid(logits).
+def discriminator_loss(real_logits, fake_logits) -> torch.Tensor:
+    """L_adv for D_I and D_g: -log D(real) - log(1 - D(fake)), D = sigmoid(logits).
 
-    Any two shapes (real and fake may differ in number), means over each (C23) -> scalar >= 0;
-    2 log 2 = 1.386 when D cannot tell. softplus(-l) is -log sigmoid(l), without overflow.
+    Two tensors of any shapes -> scalar; 2 log 2 = 1.386 when D cannot tell.
     """
-    # S1: printed is one formula for both players, -log(1 - D(real)) - log D(fake), which is right
-    # for G; a D that minimised it would learn to call real images fake.
-    return fn.softplus(-real_logits).mean() + fn.softplus(fake_logits).mean()
+    # The paper prints -log(1 - D(real)) - log D(fake) for both players. That is G's: a
+    # D that minimised it would learn to call photographs fake.
+    real = fn.softplus(-real_logits).mean()  # softplus(-l) is -log sigmoid(l)
+    fake = fn.softplus(fake_logits).mean()
+    return real + fake
 
 
 def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """L_adv for G, non-saturating: -log D(fake) (S1). Any shape -> scalar >= 0, log 2 at parity.
-
-    Not log(1 - D(fake)): that is flat where D is sure, which is where G must learn most.
-    """
+    """L_adv for G: -log D(fake). Any shape -> scalar; log 2 when D cannot tell."""
+    # "Non-saturating": log(1 - D(fake)) would be flat just where D is sure.
     return fn.softplus(-fake_logits).mean()
 
 
 def r1_penalty(logits: torch.Tensor, images: list[torch.Tensor]) -> torch.Tensor:
-    """R1: squared length of D's slope at real images; weigh it by half its gamma, not (10)'s.
+    """R1: the squared slope of D at photographs, which keeps D smooth around them.
 
-    logits (N, 1, h, w) of these images, real ones that had requires_grad set when D saw them ->
-    scalar >= 0, itself differentiable. Run D in float32, without autocast (C22). backward() adds to
-    the images' own .grad: detach them anew each step. Keeps D from becoming steep around the data,
-    where it would throw G back and forth. Source: section 2.3, Mescheder et al.
+    logits (N, 1, h, w) that D gave for images, which had requires_grad set -> scalar.
+    Its weight is half of R1's own gamma, another than (10)'s.
     """
-    # C12: an image's logit is the mean of its map (for the sum, R1 would be (h w)^2 times as
-    # large); the slope is that with respect to all resolutions together, not to F.
-    per_image = logits.mean((1, 2, 3))                                     # (N,)
+    # One number an image: for the sum, R1 would grow with the map of logits.
+    per_image = logits.mean((1, 2, 3))                          # (N,)
     slopes = torch.autograd.grad(per_image.sum(), images, create_graph=True)
     return sum(slope.square().sum((1, 2, 3)).mean() for slope in slopes)
 
 
-def reconstruction_loss(percp, grad, adv_g, adv_i, gamma: float = 10.0, beta: float = 0.1):
-    """(10), minimised at z = 0, from the four scalar losses."""
-    return gamma * (percp + grad) + beta * (adv_g + adv_i)                 # (10)
+def reconstruction_loss(percp, grad, adv_g, adv_i, gamma=10.0, beta=0.1):
+    """(10), minimised at z = 0, from four scalars."""
+    return gamma * (percp + grad) + beta * (adv_g + adv_i)      # (10)
 
 
-def hallucination_loss(adv_g, adv_i, l_z, alpha: float = 1.0):
+def hallucination_loss(adv_g, adv_i, l_z, alpha=1.0):
     """(11), minimised at z ~ N(0, I), from three scalars."""
-    return adv_g + adv_i - alpha * l_z  # (11); S2: printed with a plus, though L_z is maximised
+    # Printed with a plus; but L_z is to be maximised, the rest minimised.
+    return adv_g + adv_i - alpha * l_z                          # (11)
 
 
-# ---- 3.1 Conditioning ---------------------------------------------------------------------------
+# ---- 3.1 Conditioning ----------------------------------------------------------------
 
-def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 0.1) -> torch.Tensor:
-    """F of (12): by how many grey levels the shrunken image misses LR, beyond eps.
+def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 12.75) -> torch.Tensor:
+    """F of (12): by how many grey levels, beyond eps, the shrunken image misses LR.
 
-    (N, 3, H, W) unbounded, (N, 3, h, w) on 8-bit levels -> (N, 3, h, w), >= 0; zero for the true
-    HR image, and for all of G's with D3. The slope passes the rounding, see quantize. Needs:
-    quantize, downscale, scale_between. Raises ValueError when the sizes do not fit, or eps < 0.
+    image (N, 3, H, W), lr (N, 3, h, w) on 8-bit levels -> (N, 3, h, w), 0 for the true
+    image. Needs: quantize, downscale, scale_between.
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
-    shrunk = quantize(downscale(image, scale_between(image, lr)))          # (N, 3, h, w)
-    # In grey levels the least error has F = 0.9: D_I's weights need not grow to see it. Errors
-    # are whole levels: eps = 0.1 permits none, and in the units of (9) would be 12.75 (C19).
+    shrunk = downscale(image, scale_between(image, lr))         # (N, 3, h, w)
+    # In grey levels, D_I sees a small error without large weights.
     r = 2 / 255
-    return fn.relu((shrunk - lr).abs() / r - eps)                          # (12)
+    # Section 4.1 puts eps = 0.1 in here. It would permit nothing: errors are whole
+    # levels. Section 4.2 puts it in (9), on [-1, 1]: 0.1 / r = 12.75 levels.
+    return fn.relu((quantize(shrunk) - lr).abs() / r - eps)     # (12)
 
 
-# ---- 3.2 Architecture: blocks -------------------------------------------------------------------
+# ---- 3.2 Architecture: blocks --------------------------------------------------------
 
 def activation(x: torch.Tensor) -> torch.Tensor:
     """Leaky ReLU with leak 0.2, in all networks (section 4.1)."""
@@ -315,88 +246,76 @@ def activation(x: torch.Tensor) -> torch.Tensor:
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the size, started so that it also keeps the signal's variance.
-
-    Without normalisation layers (the paper names none, C7) the start is all that keeps 20 layers
-    from fading or exploding: He initialisation for a leak of 0.2.
-    """
+    """A 3x3 convolution that keeps the size and, at first, the signal's variance."""
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    # The paper names no normalisation: the start alone keeps 20 layers from exploding.
     nn.init.kaiming_normal_(conv.weight, a=0.2)
     nn.init.zeros_(conv.bias)
     return conv
 
 
 def near_zero(conv: nn.Conv2d) -> nn.Conv2d:
-    """Start a layer at a tenth of its weights, bias 0: what it is added to dominates at first."""
+    """Start a layer at a tenth: at first, what it is added to dominates."""
     nn.init.zeros_(conv.bias)
     conv.weight.data.mul_(0.1)
     return conv
 
 
 class ResidualBlock(nn.Module):
-    """x plus two convolutions of x; shape (N, channels, H, W) in and out.
-
-    Starts near the identity, so that any number of blocks is trainable from the first step.
-    Source: Fig. 2. Needs: conv3x3, near_zero, activation.
-    """
+    """x plus two convolutions of x (Fig. 2). Needs: conv3x3, near_zero, activation."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv1 = conv3x3(channels, channels)
+        # Near the identity at first, so that any number of blocks can be trained.
         self.conv2 = near_zero(conv3x3(channels, channels))
 
     def forward(self, x):
-        return x + self.conv2(activation(self.conv1(x)))                   # (N, C, H, W)
+        h = activation(self.conv1(x))                           # (N, C, H, W)
+        return x + self.conv2(h)                                # (N, C, H, W)
 
 
 def output_head(channels: int) -> nn.Sequential:
-    """One domain's own convolution in an UpBlock (C8), and its projection to 3 channels.
-
-    Needs: conv3x3, near_zero.
-    """
-    return nn.Sequential(conv3x3(channels, channels), nn.LeakyReLU(0.2),
-                         near_zero(nn.Conv2d(channels, 3, 1)))
+    """A domain's convolution and 1x1 projection (Fig. 3). Needs: conv3x3, near_zero."""
+    own = conv3x3(channels, channels)
+    to_pixels = near_zero(nn.Conv2d(channels, 3, 1))
+    return nn.Sequential(own, nn.LeakyReLU(0.2), to_pixels)
 
 
 class UpBlock(nn.Module):
-    """Double the size; return the features and the pictures read off them, one for each domain.
+    """Double features, and the image and the gradient that are read off them (Fig. 3).
 
-    One convolution is shared by the domains, which makes the image use the structure that the
-    gradient teaches; then each domain has a head of its own. The skip connection (the enlarged
-    picture of the resolution below) keeps the low frequencies, so that a block adds detail only.
-    Another output of G needs a line in `skip` here and a start in Generator.forward; what it is
-    compared with, and its D, belong in train.py.
-    Source: Fig. 3. Needs: output_head, conv3x3, activation.
-    forward(features (N, in_channels, H, W), pictures {"image" and, with gradient_branch,
-    "gradient": (N, 3, H, W)}) returns the same two at 2H x 2W, features with out_channels.
+    forward takes features (N, in, H, W), image and gradient (N, 3, H, W), and returns
+    all three, twice as large. Needs: output_head, conv3x3, activation.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, gradient_branch: bool = True):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.skip = {"image": 1.0}
-        if gradient_branch:
-            self.skip["gradient"] = 0.5  # twice as large, the same edge is half as steep
+        # Shared: what the gradient teaches of structure, the image can use.
         self.shared = conv3x3(in_channels, out_channels)
-        self.heads = nn.ModuleDict({domain: output_head(out_channels) for domain in self.skip})
+        self.image_head = output_head(out_channels)
+        self.gradient_head = output_head(out_channels)
 
-    def forward(self, features, pictures):
-        # Nearest, then a convolution: a transposed convolution leaves checkerboards (C7).
-        features = fn.interpolate(features, scale_factor=2, mode="nearest")  # (N, in,  2H, 2W)
-        features = activation(self.shared(features))                         # (N, out, 2H, 2W)
-        # Bilinear: G starts as smooth enlargement and has no squares to unlearn (C7).
-        larger = {domain: factor * fn.interpolate(pictures[domain], scale_factor=2, mode="bilinear")
-                  for domain, factor in self.skip.items()}                   # (N, 3,   2H, 2W) each
-        return features, {domain: larger[domain] + head(features)
-                          for domain, head in self.heads.items()}            # (N, 3,   2H, 2W) each
+    def forward(self, features, image, gradient):
+        def double(x, mode):
+            return fn.interpolate(x, scale_factor=2, mode=mode)
+        # Nearest, then a convolution: a transposed one leaves a checkerboard.
+        features = double(features, "nearest")                  # (N, in,  2H, 2W)
+        features = activation(self.shared(features))            # (N, out, 2H, 2W)
+        # The skip keeps low frequencies such as colour: a block only adds detail.
+        image = double(image, "bilinear")                       # (N, 3,   2H, 2W)
+        image = image + self.image_head(features)               # (N, 3,   2H, 2W)
+        # Twice as large, the same edge is half as steep.
+        gradient = double(gradient, "bilinear") / 2             # (N, 3,   2H, 2W)
+        gradient = gradient + self.gradient_head(features)      # (N, 3,   2H, 2W)
+        return features, image, gradient
 
 
 class DownBlock(nn.Module):
-    """Halve the size: UpBlock's mirror, for one domain.
+    """Halve the size: UpBlock's mirror, for one domain (section 3.2).
 
-    A 1x1 convolution lifts the picture of this resolution to features and adds them to those that
-    come from the finer one (C9); two convolutions and average pooling follow. Source: section 3.2.
-    Needs: conv3x3, activation. Raises ValueError when picture and features do not fit.
-    forward(picture (N, 3, H, W), features (N, in, H, W), None at the finest) -> (N, out, H/2, W/2).
+    forward takes the picture of this resolution (N, 3, H, W) and the features from the
+    finer one (N, in, H, W), None at the finest. Needs: conv3x3, activation.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -406,184 +325,178 @@ class DownBlock(nn.Module):
         self.conv2 = conv3x3(in_channels, out_channels)
 
     def forward(self, picture, features=None):
-        x = activation(self.from_pixels(picture))                          # (N, in,  H,   W)
+        x = activation(self.from_pixels(picture))               # (N, in,  H,   W)
         if features is not None:
-            require_same(x, features, "a picture lifted to features, and those of the finer one,")
-            x = x + features                                               # (N, in,  H,   W)
-        x = activation(self.conv1(x))                                      # (N, in,  H,   W)
-        x = activation(self.conv2(x))                                      # (N, out, H,   W)
-        return fn.avg_pool2d(x, 2)                                         # (N, out, H/2, W/2)
+            require_same(x, features, "the features of a picture and of the finer one")
+            x = x + features                                    # (N, in,  H,   W)
+        x = activation(self.conv1(x))                           # (N, in,  H,   W)
+        x = activation(self.conv2(x))                           # (N, out, H,   W)
+        return fn.avg_pool2d(x, 2)                              # (N, out, H/2, W/2)
 
 
-# ---- 3.2 Architecture: generator and discriminators ---------------------------------------------
+# ---- 3.2 Architecture: generator and discriminators ----------------------------------
+
+def channels_at(width: int, scale: int) -> list[int]:
+    """Channels at LR's size and after each doubling: [4, 3, 2, 1] * width for 8x."""
+    return [width * times for times in range(scale.bit_length(), 0, -1)]
+
 
 class Generator(nn.Module):
-    """G of (1) and (2): LR and z to the image and its gradient, at every resolution.
+    """G of (1) and (2): LR and z to an image and its gradient (Fig. 2).
 
-    widths are the channels at LR size and after each doubling, coarse to fine: one more number than
-    scale has doublings. hard_consistency corrects the image to LR at every resolution (D3).
-    gradient_branch=False leaves the gradient output out (D10). size and z_shared change no layer:
-    they say which images and which z (see draw_z) it is trained for; any LR size can go in.
-    The attribute `settings` holds these arguments: they and the weights are a saved generator.
-    Source: Fig. 2. Needs: ResidualBlock, UpBlock, conv3x3, image_gradient, project_onto_lr.
-
-    forward(lr (N, 3, h, w) in [-1, 1], z (N, z_dim, h, w)) returns {"image": list, "gradient":
-    list}, coarse to fine, (N, 3, 2h, 2w) ... (N, 3, scale*h, scale*w), unbounded: clamp to show.
-    Raises ValueError for widths, scale or blocks that do not fit, wrong shapes or channels.
+    forward(lr (N, 3, h, w) in [-1, 1], z (N, z_dim, h, w)) returns lists, coarse to
+    fine: {"image": [(N, 3, 2h, 2w), ..., (N, 3, H, W)], "gradient": the same}. They are
+    unbounded. Any LR size goes in: `size` and `z_shared` say what it is trained for.
+    Needs: ResidualBlock, UpBlock, channels_at, conv3x3, image_gradient, project_onto_lr.
     """
 
-    def __init__(self, size: int = 64, scale: int = 8, z_dim: int = 64, z_shared: float = 1.0,
-                 widths: tuple = (128, 96, 64, 32), blocks: int = 8,
-                 hard_consistency: bool = False, gradient_branch: bool = True):
+    def __init__(self, size: int = 64, scale: int = 8, z_dim: int = 64,
+                 z_shared: float = 1.0, width: int = 32, blocks: int = 8,
+                 hard_consistency: bool = False):
         super().__init__()
-        check_architecture(widths, scale, blocks)
+        check_architecture(width, scale, blocks)
         require(z_dim >= 1, f"z_dim must be 1 or more, got {z_dim}")
+        # These and the weights are all that a saved generator needs.
         self.settings = dict(size=size, scale=scale, z_dim=z_dim, z_shared=z_shared,
-                             widths=tuple(widths), blocks=blocks,
-                             hard_consistency=hard_consistency, gradient_branch=gradient_branch)
-        self.z_dim, self.scale, self.hard_consistency = z_dim, scale, hard_consistency
-        self.head = conv3x3(3 + z_dim, widths[0])
-        # C4: z must not drown LR's three channels; with equal weights it did.
-        self.head.weight.data[:, 3:] *= 0.1
-        self.trunk = nn.Sequential(*(ResidualBlock(widths[0]) for _ in range(blocks)))
-        self.up_blocks = nn.ModuleList(UpBlock(*pair, gradient_branch)
-                                       for pair in zip(widths, widths[1:]))
+                             width=width, blocks=blocks, hard_consistency=hard_consistency)
+        self.scale = scale
+        self.z_dim = z_dim
+        self.hard_consistency = hard_consistency
+        channels = channels_at(width, scale)
+
+        self.first_conv = conv3x3(3 + z_dim, channels[0])
+        # Or z, with more channels than LR, would drown it.
+        self.first_conv.weight.data[:, 3:] *= 0.1
+        residual = [ResidualBlock(channels[0]) for _ in range(blocks)]
+        self.trunk = nn.Sequential(*residual)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(more, fewer) for more, fewer in zip(channels, channels[1:]))
 
     def forward(self, lr, z):
         require_images(lr, "lr", channels=3)
         expected = (len(lr), self.z_dim, *lr.shape[-2:])
         require(z.shape == expected, f"z must have shape {expected}, got {tuple(z.shape)}")
-        features = self.head(torch.cat([lr, z], 1))                        # (N, C0, h, w)
-        features = self.trunk(features)                                    # (N, C0, h, w)
-        # Fig. 3's skip needs a start, unnamed in the paper (C7): LR and its own gradient, which
-        # blocks without the gradient branch pass over.
-        pictures = {"image": lr, "gradient": image_gradient(lr)}           # (N, 3,  h, w) each
-        resolutions = []
-        for block in self.up_blocks:
-            features, pictures = block(features, pictures)                 # each twice as large
-            if self.hard_consistency:  # D3
-                pictures["image"] = project_onto_lr(pictures["image"], lr) # DS(image) = LR
-            resolutions.append(pictures)
-        return {domain: [made[domain] for made in resolutions] for domain in pictures}
+        features = torch.cat([lr, z], 1)                        # (N, 3 + z_dim, h, w)
+        features = self.first_conv(features)                    # (N, C, h, w)
+        features = self.trunk(features)                         # (N, C, h, w)
+
+        # Where Fig. 3's skip connections start: LR and LR's own gradient.
+        image = lr                                              # (N, 3, h, w)
+        gradient = image_gradient(lr)                           # (N, 3, h, w)
+        made = {"image": [], "gradient": []}
+        for up_block in self.up_blocks:
+            features, image, gradient = up_block(features, image, gradient)
+            if self.hard_consistency:
+                # Not in the paper: DS(image) = LR at once, so F has nothing to teach.
+                image = project_onto_lr(image, lr)
+            made["image"].append(image)                         # (N, 3, 2h, 2w), ...
+            made["gradient"].append(gradient)                   # (N, 3, 2h, 2w), ...
+        return made
 
 
 @torch.no_grad()
 def sample(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """The finest image alone, as it would be saved: (N, 3, H, W) on 8-bit levels of [-1, 1].
+    """The finest image alone, as it would be saved: (N, 3, H, W) on 8-bit levels.
 
-    lr (N, 3, h, w), z (N, z_dim, h, w): zero to reconstruct, else from draw_z. Needs: quantize.
+    lr (N, 3, h, w); z (N, z_dim, h, w): 0 reconstructs. Needs: quantize.
     """
     return quantize(generator(lr, z)["image"][-1])
 
 
-def pyramid(x: torch.Tensor, resolutions: int = 3) -> list[torch.Tensor]:
-    """An image at every resolution, coarse to fine: for 64x64 and 3, 16x16, 32x32 and x itself.
-
-    The real counterpart of G's outputs (section 3.2, C11). Needs: downscale.
-    Raises ValueError when the sides are not multiples of 2^(resolutions - 1).
-    """
-    return [downscale(x, 2 ** level) for level in reversed(range(1, resolutions))] + [x]
-
-
 class Discriminator(nn.Module):
-    """D_I with excess_channels=3, D_g with 0: G mirrored, one domain, a map of logits.
+    """D_I or D_g: G mirrored, for one domain, all resolutions at once (section 3.2).
 
-    forward(pictures, excess=None): the list of all resolutions, coarse to fine, as G returns it and
-    `pyramid` makes it from real images; for D_I also F of (12), (N, 3, h, w), zero for real images.
-    F is concatenated at the last block (section 3.1, C21). Returns logits (N, 1, h, w), one per LR
-    pixel: no linear layer (section 3.2), so any size works.
-    Source: sections 3.1 and 3.2. Needs: DownBlock, ResidualBlock.
-    Raises ValueError for a wrong number of pictures, unequal N, or another excess than said.
+    forward takes pictures as G returns them, a list from coarse to fine, and returns
+    logits (N, 1, h, w): no linear layer, one logit for each LR pixel. D_I has
+    condition_channels = 3 and also takes F of (12), (N, 3, h, w).
+    Needs: DownBlock, ResidualBlock, channels_at.
     """
 
-    def __init__(self, widths: tuple = (128, 96, 64, 32), scale: int = 8, blocks: int = 8,
-                 excess_channels: int = 0):
+    def __init__(self, width: int = 32, scale: int = 8, blocks: int = 8,
+                 condition_channels: int = 0):
         super().__init__()
-        check_architecture(widths, scale, blocks)
-        self.excess_channels = excess_channels
-        mirrored = widths[::-1]  # fine to coarse
-        self.down_blocks = nn.ModuleList(DownBlock(*pair) for pair in zip(mirrored, mirrored[1:]))
-        self.trunk = nn.Sequential(*(ResidualBlock(widths[0]) for _ in range(blocks - 1)))
-        self.last_block = ResidualBlock(widths[0] + excess_channels)       # C21
-        self.to_logits = nn.Conv2d(widths[0] + excess_channels, 1, 3, padding=1)  # C7
+        check_architecture(width, scale, blocks)
+        channels = channels_at(width, scale)
+        mirrored = channels[::-1]  # fine to coarse
+        self.down_blocks = nn.ModuleList(
+            DownBlock(fewer, more) for fewer, more in zip(mirrored, mirrored[1:]))
+        residual = [ResidualBlock(channels[0]) for _ in range(blocks - 1)]
+        self.trunk = nn.Sequential(*residual)
+        self.condition_channels = condition_channels
+        self.last_block = ResidualBlock(channels[0] + condition_channels)
+        self.to_logits = nn.Conv2d(channels[0] + condition_channels, 1, 3, padding=1)
 
-    def forward(self, pictures, excess=None):
-        require(len(pictures) == len(self.down_blocks),
-                f"expected pictures at {len(self.down_blocks)} resolutions, got {len(pictures)}")
+    def forward(self, pictures, condition=None):
+        check_pictures(self, pictures, condition)
         features = None
-        for block, picture in zip(self.down_blocks, reversed(pictures)):
-            require_images(picture, "picture", channels=3)
-            features = block(picture, features)                            # (N, C, H/2, W/2)
-        features = self.trunk(features)                                    # (N, C0, h, w)
-        excess = features[:, :0] if excess is None else excess  # D_g: none  (N, 0 or 3, h, w)
-        expected = (len(features), self.excess_channels, *features.shape[-2:])
-        require(excess.shape == expected,
-                f"excess must have shape {expected}, got {tuple(excess.shape)}")
-        features = torch.cat([features, excess], 1)                        # (N, C0 (+ 3), h, w)
-        return self.to_logits(self.last_block(features))                   # (N, 1, h, w)
+        for down_block, picture in zip(self.down_blocks, reversed(pictures)):
+            features = down_block(picture, features)            # (N, C, H/2, W/2)
+        features = self.trunk(features)                         # (N, C, h, w)
+        if self.condition_channels:
+            # Section 3.1: F joins "at the last block".
+            features = torch.cat([features, condition], 1)      # (N, C + 3, h, w)
+        features = self.last_block(features)                    # (N, C (+ 3), h, w)
+        return self.to_logits(features)                         # (N, 1, h, w)
 
 
-# ---- 4.2 Metrics: on 8-bit images (LPIPS alone does not round) ----------------------------------
+# ---- 4.2 Metrics: all but LPIPS round to 8 bits first --------------------------------
 
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB on 8-bit RGB. Two (N, C, H, W) in [-1, 1] -> (N,).
+    """Peak signal-to-noise ratio in dB, on 8-bit RGB. Infinite where both agree.
 
-    Infinite where both agree. Needs: to_levels. Raises ValueError for different shapes.
+    Two (N, C, H, W) in [-1, 1] -> (N,). Needs: to_levels.
     """
     require_same(image, truth, "image and truth")
     error = (to_levels(image) - to_levels(truth)).square().mean((1, 2, 3))
-    return 10 * torch.log10(255 ** 2 / error)
+    return 10 * torch.log10(255 ** 2 / error)                   # (N,)
 
 
 def lr_psnr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
-    """Is it true to its LR? PSNR of the saved image, shrunk and rounded, against lr -> (N,) in dB.
+    """Is an image true to its LR? PSNR of the shrunken image. NTIRE 2021 asks 45 dB.
 
-    (N, 3, H, W), (N, 3, h, w). NTIRE's challenge demands 45 dB. Infinite where exact.
-    Needs: psnr, quantize, downscale, scale_between. Raises ValueError unless sizes are multiples.
+    (N, 3, H, W), (N, 3, h, w) -> (N,). Needs: psnr, quantize, downscale, scale_between.
     """
-    return psnr(downscale(quantize(image), scale_between(image, lr)), lr)
-
-
-def mean_decibel(db: torch.Tensor) -> torch.Tensor:
-    """Mean over the first dimension of the errors behind dB values, in dB: finite if any is."""
-    return -10 * torch.log10((10 ** (-db / 10)).mean(0))
+    shrunk = downscale(quantize(image), scale_between(image, lr))
+    return psnr(shrunk, lr)                                     # (N,)
 
 
 def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Structural similarity on 8-bit RGB. Two (N, C, H, W) in [-1, 1], H, W >= 11 -> (N,) <= 1.
+    """Structural similarity (Wang et al. 2004) on 8-bit RGB, 1 where both agree.
 
-    Wang et al. 2004: 11x11 Gaussian window of sigma 1.5, whole windows only, K = 0.01 and 0.03.
-    The mean over windows and channels. Needs: to_levels. ValueError for unequal or small sides.
+    Two (N, C, H, W) in [-1, 1], sides of 11 or more -> (N,). Window 11x11, Gaussian of
+    sigma 1.5, whole windows only; K = 0.01 and 0.03. Needs: to_levels.
     """
     require_same(image, truth, "image and truth")
     require(min(image.shape[-2:]) >= 11, f"SSIM needs sides of 11, got {tuple(image.shape[-2:])}")
-    offsets = torch.arange(11, device=image.device) - 5.0
-    window = torch.softmax(-offsets.square() / (2 * 1.5 ** 2), 0).double() # a Gaussian of sum 1
+    offsets = torch.arange(11, device=image.device, dtype=torch.double) - 5
+    window = torch.softmax(-offsets.square() / (2 * 1.5 ** 2), 0)  # its sum is 1
 
     def local_mean(x):
-        x = x.flatten(0, 1)[:, None]                                       # (N*C, 1, H, W)
-        return fn.conv2d(fn.conv2d(x, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
+        x = x.flatten(0, 1)[:, None]                            # (N*C, 1, H, W)
+        x = fn.conv2d(x, window.view(1, 1, 11, 1))              # (N*C, 1, H-10, W)
+        return fn.conv2d(x, window.view(1, 1, 1, 11))           # (N*C, 1, H-10, W-10)
 
-    # A variance is a small difference of large squares: in float32 digits would be lost.
-    a, b = to_levels(image).double(), to_levels(truth).double()
-    mean_a, mean_b = local_mean(a), local_mean(b)
+    # Variances are small differences of large squares: float32 would lose them.
+    a = to_levels(image).double()
+    b = to_levels(truth).double()
+    mean_a = local_mean(a)
+    mean_b = local_mean(b)
     var_a = local_mean(a * a) - mean_a.square()
     var_b = local_mean(b * b) - mean_b.square()
     cov = local_mean(a * b) - mean_a * mean_b
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    c1 = (0.01 * 255) ** 2
+    c2 = (0.03 * 255) ** 2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
     structure = (2 * cov + c2) / (var_a + var_b + c2)
-    return (luminance * structure).view(len(image), -1).mean(1).float()    # (N,)
+    return (luminance * structure).view(len(image), -1).mean(1).float()
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance, v0.1 on AlexNet: 0 for equal images, about 0.5 for a blur.
+    """Learned perceptual distance, v0.1 on AlexNet (Zhang et al. 2018): 0 where equal.
 
-    forward(a, b): two (N, 3, H, W) in [-1, 1] -> (N,) >= 0; with_map(a, b) -> that and a
-    map (N, H, W) of it, each layer enlarged to the image. It neither clamps nor rounds: G's images
-    go through quantize first. Source: section 4.2, Zhang et al. 2018; AlexNet from
-    torchvision, 1152 learned channel weights from the authors (BSD-2). Raises ValueError for
-    different shapes or sides under 31, FileNotFoundError without weights.
+    forward(a, b): two (N, 3, H, W) in [-1, 1], sides of 31 or more -> (N,). with_map
+    gives a map (N, H, W) of it too. It does not round: quantize G's images first.
+    FileNotFoundError where the weights (the authors' own, BSD-2) cannot be downloaded.
     Needs: pretrained_features, cached_weights.
     """
 
@@ -602,17 +515,19 @@ class LPIPS(nn.Module):
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
 
     def unit_features(self, x):
-        """Features after each of the five ReLUs, every pixel's channel vector made length 1."""
+        """Features after each of five ReLUs, every pixel's vector made length 1."""
         x = (x - self.mean) / self.std
         found = []
         for layer in self.features:
             x = layer(x)
             if isinstance(layer, nn.ReLU):
-                found.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+                length = x.square().sum(1, keepdim=True).sqrt()
+                found.append(x / (length + 1e-10))
         return found
 
     def forward(self, a, b):
-        return self.with_map(a, b)[0]                                      # (N,)
+        distance, _ = self.with_map(a, b)
+        return distance                                         # (N,)
 
     def with_map(self, a, b):
         require_same(a, b, "a and b")
@@ -621,33 +536,36 @@ class LPIPS(nn.Module):
         require(min(a.shape[-2:]) >= 31, f"AlexNet needs sides of 31, got {tuple(a.shape[-2:])}")
         distance = maps = 0.0
         for i, (x, y) in enumerate(zip(self.unit_features(a), self.unit_features(b))):
-            layer = fn.conv2d((x - y).square(), getattr(self, f"weight{i}"))
-            distance = distance + layer.mean((1, 2, 3))
-            maps = maps + fn.interpolate(layer, size=a.shape[-2:], mode="bilinear")[:, 0]
-        return distance, maps                                              # (N,), (N, H, W)
+            # A weighted sum over channels, with weights learned from people's answers.
+            weight = getattr(self, f"weight{i}")                # (1, C, 1, 1)
+            layer = fn.conv2d((x - y).square(), weight)         # (N, 1, H', W')
+            distance = distance + layer.mean((1, 2, 3))         # (N,)
+            larger = fn.interpolate(layer, size=a.shape[-2:], mode="bilinear")
+            maps = maps + larger[:, 0]                          # (N, H, W)
+        return distance, maps
 
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b) -> torch.Tensor:
-    """|mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)), squared distance of two Gaussians.
+    """Squared distance of two Gaussians (Dowson and Landau 1982; Heusel et al. 2017).
 
-    Means (..., d) and covariances A, B (..., d, d), in double -> (...), >= 0 up to rounding.
-    Source: Dowson and Landau 1982; of features, Heusel et al. 2017. ValueError for NaN in A or B.
+    |mean_a - mean_b|^2 + trace(A + B - 2 (A B)^(1/2)): means (..., d) and covariances
+    (..., d, d), in double -> (...).
     """
-    product = cov_a @ cov_b  # not symmetric, but A^(1/2) B A^(1/2) has the same eigenvalues: >= 0
+    product = cov_a @ cov_b
     require(product.isfinite().all(), "images or their covariances hold NaN or infinity")
+    # A B has the eigenvalues of A^(1/2) B A^(1/2): real, and none below 0.
     roots = torch.linalg.eigvals(product).real.clamp(min=0).sqrt()
-    traces = (cov_a + cov_b).diagonal(dim1=-2, dim2=-1)
-    return (mean_a - mean_b).square().sum(-1) + traces.sum(-1) - 2 * roots.sum(-1)
+    traces = (cov_a + cov_b).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (mean_a - mean_b).square().sum(-1) + traces - 2 * roots.sum(-1)
 
 
 class Realism(nn.Module):
-    """Does this look like a photograph? 0 for the same photographs, thousands for a blur.
+    """Do images look like photographs? 0 for the same ones, thousands for a blur.
 
-    forward(images (N, 3, H, W)) -> scalar: Fréchet distance of VGG-16 features (relu3_3) to those
-    of `photographs` (M, 3, H, W), in each of 4x4 regions, then the mean; [-1, 1], sides of 16 or
-    more. A region holds an eye; but a missing detail costs more than a torn one, so look as well.
-    Few images score worse than many: compare equal N, M, sizes, and alignment. No slope.
-    Needs: PerceptualLoss, frechet_distance, quantize. Raises ValueError for fewer than 2 images.
+    forward(images (N, 3, H, W)) -> scalar: the Fréchet distance of VGG-16's relu3_3 to
+    that of photographs (M, 3, H, W), in each of 4x4 regions, then the mean. Few images
+    score worse than many: compare equal N and M. It minds a missing detail more than a
+    torn one: look as well. Needs: PerceptualLoss, frechet_distance, quantize.
     """
 
     def __init__(self, photographs: torch.Tensor):
@@ -660,97 +578,135 @@ class Realism(nn.Module):
 
     @torch.no_grad()
     def gaussians(self, images):
-        """One for each region, over all images and positions: means (16, C), covariances."""
+        """One Gaussian a region, over all images: (16, C) and (16, C, C)."""
+        shape = tuple(images.shape)
         require(len(images) >= 2 and min(images.shape[-2:]) >= 16,
-                f"realism needs 2 images or more, of 16x16 or more, got {tuple(images.shape)}")
-        maps = torch.cat([self.phi.embed(quantize(part)).cpu() for part in images.split(50)])
-        cells = [cell for rows in maps.tensor_split(4, 2) for cell in rows.tensor_split(4, 3)]
-        points = (cell.movedim(1, 3).flatten(0, 2).double() for cell in cells)  # one at a time
-        pairs = [(x.mean(0), x.T.cov()) for x in points]                   # x (N h' w', C)
-        return tuple(torch.stack(values) for values in zip(*pairs))
-
-
-def diversity_score(maps: torch.Tensor) -> torch.Tensor:
-    """NTIRE's diversity score: how much better the best sample per pixel is than the best sample.
-
-    maps (K, N, H, W): LPIPS.with_map of K samples against the truth -> (N,) in [0, 100]. 0 when all
-    samples are alike. Noise can raise it too: read it beside LPIPS.
-    Source: NTIRE 2021. Raises ValueError unless maps has four dimensions.
-    """
-    require(maps.ndim == 4, f"maps must have shape (K, N, H, W), got {tuple(maps.shape)}")
-    best_sample = maps.mean((2, 3)).min(0).values                          # (N,)
-    best_pixels = maps.min(0).values.mean((1, 2))                          # (N,)
-    return 100 * (best_sample - best_pixels) / best_sample.clamp(min=1e-12)  # no 0 / 0
+                f"realism needs 2 images or more, of 16x16 or more, got {shape}")
+        # 50 at a time fit any memory.
+        maps = [self.phi.embed(quantize(part)).cpu() for part in images.split(50)]
+        means = []
+        covariances = []
+        for rows in torch.cat(maps).tensor_split(4, 2):
+            for region in rows.tensor_split(4, 3):              # (N, C, H'/4, W'/4)
+                points = region.movedim(1, 3).flatten(0, 2)     # (N H'/4 W'/4, C)
+                means.append(points.double().mean(0))
+                covariances.append(points.double().T.cov())
+        return torch.stack(means), torch.stack(covariances)
 
 
 def std_map(samples: torch.Tensor) -> torch.Tensor:
-    """Where is the model unsure? Standard deviation over samples, in grey levels 0-255.
+    """Where is the model unsure? Standard deviation over samples, in grey levels.
 
-    Floats (K, N, 3, H, W), else ValueError -> (N, 3, H, W). Divides by K. Needs: to_levels.
+    samples (K, N, 3, H, W) -> (N, 3, H, W). Divides by K. Needs: to_levels.
     """
     require(samples.ndim == 5, f"samples must be (K, N, 3, H, W), got {tuple(samples.shape)}")
     return to_levels(samples).std(0, correction=0)
 
 
-# ---- Files: a generator's checkpoint, and pretrained weights ------------------------------------
+def diversity_score(maps: torch.Tensor) -> torch.Tensor:
+    """NTIRE 2021's diversity: by how many % the best pixels beat the best sample.
+
+    maps (K, N, H, W): LPIPS.with_map of K samples and the truth -> (N,) in [0, 100], 0
+    when all samples are alike. Noise raises it too: read it beside LPIPS.
+    """
+    require(maps.ndim == 4, f"maps must be (K, N, H, W), got {tuple(maps.shape)}")
+    best_sample = maps.mean((2, 3)).min(0).values               # (N,)
+    best_pixels = maps.min(0).values.mean((1, 2))               # (N,)
+    return 100 * (best_sample - best_pixels) / best_sample.clamp(min=1e-12)  # no 0 / 0
+
+
+def spread_and_error(samples: torch.Tensor, truth: torch.Tensor) -> tuple:
+    """Do samples differ from each other as much as from the truth? Then both are equal.
+
+    samples (K, N, 3, H, W), truth (N, 3, H, W) -> their variance and the squared error
+    of their mean, (N,) each, in squared grey levels. The root of the ratio of their
+    means is the spread-skill ratio (Fortin et al. 2014), below 1 where samples are too
+    much alike. Needs: to_levels.
+    """
+    require_samples(samples, truth)
+    samples = to_levels(samples)
+    variance = samples.var(0, correction=1).mean((1, 2, 3))     # (N,)
+    error = (samples.mean(0) - to_levels(truth)).square().mean((1, 2, 3))
+    # A mean of few samples errs more than one of many, by variance / K.
+    K = len(samples)
+    return variance, error * K / (K + 1)                        # (N,), (N,)
+
+
+def rank_histogram(samples: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """How often does the true value exceed r of K samples, r = 0 ... K? (Hamill 2001)
+
+    samples (K, N, 3, H, W), truth (N, 3, H, W) -> (N, K + 1) of sum 1, flat where the
+    model is calibrated. The two ends are true values outside all samples: too high
+    where samples are too much alike. Needs: to_levels.
+    """
+    require_samples(samples, truth)
+    below = (to_levels(samples) < to_levels(truth)).sum(0)      # (N, 3, H, W)
+    equal = (to_levels(samples) == to_levels(truth)).sum(0)     # (N, 3, H, W)
+    shares = []
+    for rank in range(len(samples) + 1):
+        # A value that equals two samples may have three ranks: a third to each.
+        possible = (below <= rank) & (rank <= below + equal)
+        shares.append((possible / (equal + 1)).mean((1, 2, 3)))
+    return torch.stack(shares, 1)
+
+
+# ---- Files: a generator's checkpoint, and pretrained weights -------------------------
 
 @contextmanager
 def whole_file(path: str | Path):
-    """A name to write to that becomes `path` when the block ends well: there is never half a file.
+    """A name to write to, which becomes `path` at the end: there is never half a file.
 
-    When the block fails, or the disk is full, nothing is left behind and `path` is as it was.
-    Raises OSError, naming the file, when it cannot be written.
+    When the block fails, or the disk is full, `path` is as it was. OSError names it.
     """
     temporary = Path(f"{path}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch's word for a full disk
         raise OSError(f"could not write {path}: {error}".partition("\n")[0]) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | Path, generator: Generator, **training):
-    """Write a generator (pass the running average), its settings and whatever training adds.
+    """Write a generator (pass the running average), its settings and `training`.
 
-    `training` holds plain values and state dicts only, so that plain torch.load reads the file.
-    Needs: whole_file, Generator. Raises OSError when it cannot be written.
+    Plain values and state dicts only: torch.load reads it. Needs: whole_file, Generator.
     """
-    payload = {"hallusr": 3, "settings": generator.settings, "generator": generator.state_dict()}
+    content = {"hallusr": 4, "settings": generator.settings,
+               "generator": generator.state_dict()}
     with whole_file(path) as temporary:
-        torch.save(payload | training, temporary)
+        torch.save(content | training, temporary)
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The whole content of a checkpoint, on the CPU.
-
-    Raises FileNotFoundError, or ValueError for a damaged file or one that is not ours.
-    """
+    """All of a checkpoint, on the CPU. Raises ValueError for a file that is none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # a damaged or malicious pickle can end in nearly any of them
+    except Exception as error:  # a damaged pickle can end in nearly any of them
         raise ValueError(f"{path} is damaged or no checkpoint") from error
     require(isinstance(content, dict) and "hallusr" in content,
             f"{path} is not a hallusr checkpoint")
-    require(content["hallusr"] == 3, f"{path} is of format {content['hallusr']}, this version reads"
-                                     " format 3: sample it with the version that made it")
+    require(content["hallusr"] == 4,
+            f"{path} is of format {content['hallusr']}, this version reads format 4: "
+            "sample it with the version that made it")
     require({"settings", "generator"} <= set(content), f"{path} holds no generator")
     return content
 
 
 def load_generator(path: str | Path, device: str = "cpu") -> Generator:
-    """The trained G (its running average) of a checkpoint, in eval mode, ready to sample.
+    """The trained G (its running average) of a checkpoint, ready to sample.
 
-    Its `note` says what whoever samples should know, or "". Needs: Generator, load_checkpoint,
-    load_weights. Raises FileNotFoundError, or ValueError for a file that is damaged or not ours.
+    Its `note` says what whoever samples should know, or "". ValueError for a file that
+    is no checkpoint. Needs: Generator, load_checkpoint, load_weights.
     """
     content = load_checkpoint(path)
-    wanted, found = set(Generator().settings), set(content["settings"])
+    wanted = set(Generator().settings)
+    found = set(content["settings"])
     require(wanted == found, f"{path} has other settings than this version's: "
                              f"{sorted(wanted ^ found)} in one alone")
     generator = Generator(**content["settings"])
@@ -760,41 +716,112 @@ def load_generator(path: str | Path, device: str = "cpu") -> Generator:
 
 
 def load_weights(module: nn.Module, state: dict, path: str | Path):
-    """module.load_state_dict with one clear ValueError in place of pages of keys, or for NaN."""
+    """module.load_state_dict, with one clear ValueError for pages of keys, or NaN."""
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         first = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{path} holds another architecture than expected: {first}") from error
-    bad = [name for name, weight in module.state_dict().items() if not weight.isfinite().all()]
-    require(not bad, f"{path} is spoiled: {''.join(bad[:1])} holds NaN or infinity")
+        raise ValueError(f"{path} holds another architecture: {first}") from error
+    for name, weight in module.state_dict().items():
+        require(weight.isfinite().all(), f"{path} is spoiled: {name} holds NaN or infinity")
 
 
 def pretrained_features(build, weights, end: int) -> nn.Sequential:
     """The first `end` modules of a network's `features`, frozen. Needs: cached_weights."""
-    with torch.device("meta"):  # the shape alone: the rest of the network never takes memory
+    with torch.device("meta"):  # the network's shape, without its memory
         features = build().features[:end]
     wanted = {name: "features." + name for name in features.state_dict()}
     state = cached_weights(weights.url, wanted.values())
-    features.load_state_dict({name: state[wanted[name]] for name in wanted}, assign=True)
-    features.to(memory_format=torch.channels_last)  # the layout in which convolutions are fastest
+    mine = {name: state[key] for name, key in wanted.items()}
+    features.load_state_dict(mine, assign=True)
+    features.to(memory_format=torch.channels_last)  # convolutions are fastest so
     return features.eval().requires_grad_(False)
 
 
 def cached_weights(url: str, names, file: str | None = None) -> dict:
-    """The state dict at url, downloaded once to torch.hub's cache (as `file`), with these names.
+    """The named weights of the file at url, downloaded once to torch.hub's cache.
 
-    Raises FileNotFoundError when it is not to be had, ValueError when it is damaged or another.
+    FileNotFoundError when it is not to be had, ValueError when it is damaged.
     """
     file = file or url.rsplit("/", 1)[-1]
     place = Path(torch.hub.get_dir()) / "checkpoints" / file
     try:
-        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=file,
-                                                   weights_only=True)
+        state = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", file_name=file, weights_only=True)
         return {name: state[name] for name in names}
     except OSError as error:
         raise FileNotFoundError("pretrained weights could not be downloaded: fetch "
                                 f"{url} and save it as {place}") from error
-    except Exception as error:  # what a damaged file ends in depends on where it is damaged
-        raise ValueError(f"the pretrained weights in {place} are damaged: delete that file, and "
-                         "it is downloaded again") from error
+    except Exception as error:  # it depends on where the file is damaged
+        raise ValueError(f"the pretrained weights in {place} are damaged: delete that "
+                         "file, and it is downloaded again") from error
+
+
+# ---- Clear errors for wrong arguments ------------------------------------------------
+
+def require(condition: bool, message: str):
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_floats(x: torch.Tensor, name: str = "image"):
+    """Raise ValueError for uint8: 0-255 would be clamped, and score as perfect."""
+    require(x.is_floating_point(), f"{name} must be floats in [-1, 1], got {x.dtype}: "
+                                   "from_levels makes them from 8-bit values")
+
+
+def require_images(x: torch.Tensor, name: str = "image", channels: int | None = None):
+    """Raise ValueError unless x is a batch of float images, (N, C, H, W)."""
+    expected = f"(N, {channels or 'C'}, H, W)"
+    require(x.ndim == 4 and channels in (None, x.shape[1]),
+            f"{name} must have shape {expected}, got {tuple(x.shape)}")
+    require_floats(x, name)
+
+
+def require_same(a: torch.Tensor, b: torch.Tensor, names: str):
+    """Raise ValueError unless both have one shape: broadcasting would hide a mistake."""
+    require(a.shape == b.shape,
+            f"{names} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def require_samples(samples: torch.Tensor, truth: torch.Tensor):
+    """Raise ValueError unless there are two samples or more of each true image."""
+    fits = samples.ndim == 5 and samples.shape[1:] == truth.shape
+    require(fits and len(samples) >= 2,
+            "expected samples (K, N, 3, H, W), K of 2 or more, and truth (N, 3, H, W), "
+            f"got {tuple(samples.shape)} and {tuple(truth.shape)}")
+
+
+def scale_between(image: torch.Tensor, lr: torch.Tensor) -> int:
+    """The factor from lr's size to image's. Raises ValueError when there is none."""
+    require_images(image, channels=3)
+    require_images(lr, "lr", channels=3)
+    factor = image.shape[-1] // lr.shape[-1]
+    require(image.shape == (len(lr), 3, lr.shape[-2] * factor, lr.shape[-1] * factor),
+            "there must be one image for each lr, its sides one multiple of lr's, got "
+            f"{tuple(image.shape)} and {tuple(lr.shape)}")
+    return factor
+
+
+def check_architecture(width: int, scale: int, blocks: int):
+    """Raise ValueError unless a network can be built of these."""
+    require(scale >= 2 and scale & (scale - 1) == 0,
+            f"scale must be a power of two, 2 or more, got {scale}")
+    require(width >= 1, f"width must be 1 or more, got {width}")
+    require(blocks >= 1, f"blocks must be 1 or more, got {blocks}")
+
+
+def check_pictures(discriminator, pictures, condition):
+    """Raise ValueError unless D gets all resolutions, and F if it is D_I."""
+    needed = len(discriminator.down_blocks)
+    require(len(pictures) == needed,
+            f"expected pictures at {needed} resolutions, got {len(pictures)}")
+    for picture in pictures:
+        require_images(picture, "picture", channels=3)
+    expected = None
+    if discriminator.condition_channels:
+        count, _, height, width = pictures[0].shape  # the coarsest: twice LR's size
+        expected = (count, discriminator.condition_channels, height // 2, width // 2)
+    found = None if condition is None else tuple(condition.shape)
+    require(found == expected, f"condition must have shape {expected}, got {found}")

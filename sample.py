@@ -1,10 +1,10 @@
 """Sample a trained hallusr generator: photos in, many plausible faces out.
 
     python sample.py                      try it on the portrait that comes with this repository
-    python sample.py PHOTO...             grid, SR, hallucinations, mean, deviation map
+    python sample.py PHOTO...             grid, reconstruction, hallucinations, mean, deviation
     python sample.py SMALL... --lr        the images are low-resolution already
     python sample.py PHOTO --walk         and a GIF along a closed path in z
-    python sample.py --evaluate FOLDER    Table 1's rows, and a JSON file of them
+    python sample.py --evaluate FOLDER    scores on its photos, and a JSON file of them
     python sample.py ... --checkpoint RUN/last.pt    your own model, not this repository's
 
 The faces are invented. They say which pictures fit the small one, never who is in it.
@@ -29,8 +29,8 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
 from hallusr import (LPIPS, Realism, diversity_score, downscale, draw_z, from_levels,
-                     image_gradient, load_generator, lr_psnr, mean_decibel, project_onto_lr, psnr,
-                     quantize, require, sample, ssim, std_map, to_levels, upscale_bicubic,
+                     image_gradient, load_generator, lr_psnr, psnr, quantize,
+                     rank_histogram, require, sample, spread_and_error, ssim, std_map, to_levels,
                      upscale_nearest, whole_file)
 
 # ---- Photos -------------------------------------------------------------------------------------
@@ -101,27 +101,26 @@ def stack(dataset: Dataset, most: int | None = None) -> torch.Tensor:
 
 # ---- Scores -------------------------------------------------------------------------------------
 
-def spread_out(length: int, most: int) -> list[int]:
-    """At most so many of range(length), evenly: neighbours in a folder are often of one kind."""
-    return [i * length // min(most, length) for i in range(min(most, length))]
-
-
 @torch.no_grad()
 def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips: LPIPS | None = None,
              realism: Realism | None = None, seed: int = 0, temperature: float = 1.0) -> dict:
     """Table 1's rows for these images: {"bicubic" | "SR" | "hallucination": {metric: (N,)}}.
 
-    hr (N, 3, H, W) in [-1, 1]; LR is made from it. Metrics: psnr, ssim, lr_psnr and, with `lpips`,
-    lpips; a hallucination's are means over its samples, and it has pixel_std and, with `lpips`,
-    diversity. `realism` gives one number for all N images, of hallucinations the first of each.
-    seed decides z, nothing else is drawn. Raises ValueError without a sample.
+    hr (N, 3, H, W) in [-1, 1]; LR is made from it, and z from seed. A hallucination's scores are
+    means over its samples. LPIPS and diversity come with `lpips`; `realism` gives one number for
+    all N images, of hallucinations the first of each.
     """
     require(samples >= 1, f"samples must be 1 or more, got {samples}")
-    lr, rng = quantize(downscale(hr, generator.scale)), torch.Generator().manual_seed(seed)
+    lr = quantize(downscale(hr, generator.scale))                          # (N, 3, h, w)
+    rng = torch.Generator().manual_seed(seed)
     shape = (samples, len(lr), generator.z_dim, *lr.shape[-2:])
     z = temperature * draw_z(shape, generator.settings["z_shared"], rng).to(hr.device)
-    scores, images = zip(*[evaluate_batch(generator, *part, lpips)  # 50 fit any memory
-                           for part in zip(hr.split(50), lr.split(50), z.split(50, 1))])
+    scores = []
+    images = []
+    for part in zip(hr.split(50), lr.split(50), z.split(50, 1)):  # 50 fit any memory
+        part_scores, part_images = evaluate_batch(generator, *part, lpips)
+        scores.append(part_scores)
+        images.append(part_images)
     rows = {row: {name: torch.cat([part[row][name] for part in scores]) for name in metrics}
             for row, metrics in scores[0].items()}
     if realism is not None:
@@ -143,31 +142,75 @@ def evaluate_batch(generator, hr, lr, z, lpips=None) -> tuple[dict, dict]:
     mean["pixel_std"] = std_map(hallucinations).mean((1, 2, 3))
     if lpips is not None:
         mean["diversity"] = diversity_score(torch.stack(maps))
+    if len(z) > 1:
+        mean |= spread_scores(hallucinations, hr)
     return rows | {"hallucination": mean}, images
+
+
+def spread_scores(samples: torch.Tensor, hr: torch.Tensor) -> dict:
+    """How far samples (K, N, 3, H, W) differ from each other, against how far from the truth."""
+    variance, error = spread_and_error(samples, hr)
+    ranks = rank_histogram(samples, hr)                                    # (N, K + 1)
+    missed = (samples.mean(0) - hr).abs()                                  # (N, 3, H, W)
+    return {"variance": variance, "error": error, "ranks": ranks,
+            "outside": 100 * (ranks[:, 0] + ranks[:, -1]),
+            "map": correlation(std_map(samples), missed)}
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Pearson's, over all values of each face: does one map show where the other is large?
+
+    Two (N, ...) -> (N,) in [-1, 1], 0 where a map is constant.
+    """
+    a = a.flatten(1) - a.flatten(1).mean(1, keepdim=True)
+    b = b.flatten(1) - b.flatten(1).mean(1, keepdim=True)
+    return torch.cosine_similarity(a, b, dim=1)                               # (N,)
+
+
+def upscale_bicubic(lr: torch.Tensor, factor: int = 8) -> torch.Tensor:
+    """Table 1's baseline, clamped to [-1, 1]. (N, C, h, w) -> (N, C, H, W)."""
+    # torch's cubic kernel has a = -0.75; others have -0.5, and slightly other scores.
+    return torch.nn.functional.interpolate(lr, scale_factor=factor, mode="bicubic").clamp(-1, 1)
 
 
 def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -> tuple:
     """One image per face: {"psnr", "ssim", "lr_psnr"[, "lpips"]: (N,)} and LPIPS's map, or None."""
-    values, lpips_map = {"psnr": psnr(image, hr), "ssim": ssim(image, hr)}, None
-    values["lr_psnr"] = lr_psnr(image, lr)
+    values = {"psnr": psnr(image, hr), "ssim": ssim(image, hr), "lr_psnr": lr_psnr(image, lr)}
+    lpips_map = None
     if lpips is not None:
         values["lpips"], lpips_map = lpips.with_map(image, hr)
     return values, lpips_map
 
 
 def summarize(rows: dict) -> dict:
-    """Means of `evaluate` over images, as plain numbers."""
-    means = {"lr_psnr": mean_decibel}  # all others: torch.mean
-    return {row: {name: means.get(name, torch.mean)(values).item()
-                  for name, values in metrics.items()} for row, metrics in rows.items()}
+    """Means of `evaluate` over images, as plain numbers. "spread": spread / error, 1 is right."""
+    summary = {}
+    for row, metrics in rows.items():
+        means = {name: values.mean().item() for name, values in metrics.items() if name != "ranks"}
+        means["lr_psnr"] = mean_decibel(metrics["lr_psnr"]).item()
+        if "ranks" in metrics:
+            means["spread"] = (means.pop("variance") / means.pop("error")) ** 0.5
+        summary[row] = means
+    return summary
+
+
+def mean_decibel(db: torch.Tensor) -> torch.Tensor:
+    """The dB of the mean squared error, over the first dimension: finite if any is."""
+    return -10 * torch.log10((10 ** (-db / 10)).mean(0))
+
+
+def spread_out(length: int, most: int) -> list[int]:
+    """At most so many of range(length), evenly: neighbours in a folder are often of one kind."""
+    return [i * length // min(most, length) for i in range(min(most, length))]
 
 
 def evaluate_folder(generator, arguments):
     """Print Table 1's rows for a folder and write them as JSON."""
-    realism, side = None, generator.settings["size"]
+    side = generator.settings["size"]
     faces = FolderFaces(arguments.evaluate, side)
     faces.paths = faces.paths[arguments.slice]
     require(len(faces) > 0, "--slice leaves none of the folder's photos")
+    realism = None
     if arguments.others:
         others = FolderFaces(arguments.others, side)
         require(not {*others.paths} & {*faces.paths}, "--others names the same folder, or a part")
@@ -175,22 +218,31 @@ def evaluate_folder(generator, arguments):
         realism = Realism(from_levels(stack(others)).to(arguments.device))
         print(f"realism: against {len(others)} photos of {arguments.others}")
     hr = from_levels(stack(faces)).to(arguments.device)
-    rows = summarize(evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device),
-                              realism, arguments.seed, arguments.temperature))
+    rows = evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device), realism,
+                    arguments.seed, arguments.temperature)
+    summary = summarize(rows)
     print(f"n = {len(hr)} faces of {side}x{side}, {arguments.samples} samples, seed "
-          f"{arguments.seed}, temperature {arguments.temperature:g}, project {arguments.project}")
-    print(" " * 14 + "".join(f"{name:>11}" for name in rows["hallucination"]))
-    for name, row in rows.items():
-        cells = [f"{row[key]:.3f}" if key in row else "" for key in rows["hallucination"]]
+          f"{arguments.seed}, temperature {arguments.temperature:g}")
+    columns = list(summary["hallucination"])
+    print(" " * 14 + "".join(f"{name:>11}" for name in columns))
+    for name, row in summary.items():
+        cells = [f"{row[key]:.3f}" if key in row else "" for key in columns]
         print(f"{name:14}" + "".join(f"{cell:>11}" for cell in cells))
+    content = {"n": len(hr), "arguments": vars(arguments), "rows": summary}
+    if "ranks" in rows["hallucination"]:
+        content["ranks"] = rows["hallucination"]["ranks"].mean(0).tolist()
     path = Path(arguments.out, "evaluate.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {row: {name: value if math.isfinite(value) else None for name, value in values.items()}
-             for row, values in rows.items()}  # JSON has no infinity
-    content = {"n": len(hr), "arguments": vars(arguments), "rows": plain}
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, default=str))
+        temporary.write_text(json.dumps(without_infinity(content), default=str))
     print(f"written to {path}; the README says how each number is made")
+
+
+def without_infinity(value):
+    """JSON has no infinity: null stands for the dB of an exact image."""
+    if isinstance(value, dict):
+        return {name: without_infinity(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- Pictures -----------------------------------------------------------------------------------
@@ -202,18 +254,17 @@ def contact_sheet(generator, lr: torch.Tensor, z: torch.Tensor,
 
     lr (N, 3, h, w), z (K, z_dim, h, w), the same for every face, hr (N, 3, H, W) where it is known.
     Columns: LR, bicubic, SR, K hallucinations, their standard deviation (white: 64 grey levels),
-    HR; gradients are G's own, or without the branch the images'. (3, height, width) in [0, 1].
+    HR. (3, height, width) in [0, 1].
     """
     latents = [torch.zeros_like(z[0]), *z]
     outputs = [generator(lr, latent.expand(len(lr), -1, -1, -1)) for latent in latents]
-    made = [quantize(pictures["image"][-1]) for pictures in outputs]
-    gradients = [pictures["gradient"][-1] if "gradient" in pictures else image_gradient(image)
-                 for pictures, image in zip(outputs, made)]
+    made = [quantize(output["image"][-1]) for output in outputs]
     spread = std_map(torch.stack(made[1:])) / 64
     enlarged = [upscale_nearest(lr, generator.scale), upscale_bicubic(lr, generator.scale)]
     known = [] if hr is None else [hr]
     above = [x / 2 + 0.5 for x in enlarged + made] + [spread] + [x / 2 + 0.5 for x in known]
-    below = [image_gradient(x) for x in enlarged] + gradients
+    below = [image_gradient(x) for x in enlarged]
+    below += [output["gradient"][-1] for output in outputs]  # G's own, not those of its images
     below += [torch.zeros_like(spread)] + [image_gradient(x) for x in known]
     tiles = torch.stack([torch.stack(above, 1), torch.stack(below, 1)], 1)  # (N, 2, columns, ...)
     return make_grid(tiles.flatten(0, 2).clamp(0, 1), nrow=len(above), padding=1, pad_value=1.0)
@@ -223,21 +274,6 @@ def write_image(image: torch.Tensor, path: Path):
     """A picture (3, H, W) in [0, 1] as a whole PNG file. Raises OSError, naming it."""
     with whole_file(path) as temporary:
         save_image(image, temporary, format="png")
-
-
-class Projected(torch.nn.Module):
-    """A generator whose finest image is shifted, block by block, until it shrinks to LR."""
-
-    def __init__(self, generator):
-        super().__init__()
-        self.generator, self.settings = generator, generator.settings
-        self.scale, self.z_dim = generator.scale, generator.z_dim
-
-    def forward(self, lr, z):
-        made = self.generator(lr, z)
-        # Clamped first: what saving would cut off must not unbalance the blocks afterwards.
-        finest = project_onto_lr(made["image"][-1].clamp(-1, 1), lr)
-        return made | {"image": [*made["image"][:-1], finest]}
 
 
 def low_resolution(path: str, generator, is_lr: bool, device: str) -> tuple:
@@ -259,7 +295,8 @@ def write_samples(generator, path: str, arguments):
     made = "as it is" if hr is None else f"from its centre square, resized to {hr.shape[-1]}"
     print(f"{path}: LR of {lr.shape[-1]}x{lr.shape[-2]} pixels, {made}; learnt on {side}x{side}")
     # One after another, the walk's two first: a larger --samples adds faces and changes none.
-    rng, shape = torch.Generator().manual_seed(arguments.seed), (1, generator.z_dim, *lr.shape[-2:])
+    rng = torch.Generator().manual_seed(arguments.seed)
+    shape = (1, generator.z_dim, *lr.shape[-2:])
     z = torch.cat([draw_z(shape, generator.settings["z_shared"], rng)
                    for _ in range(2 + arguments.samples)])
     for_walk, z = (arguments.temperature * z.to(lr.device)).tensor_split([2])
@@ -269,8 +306,9 @@ def write_samples(generator, path: str, arguments):
     images = dict(zip(names, samples.split(1)))
     for name, image in images.items():
         print(f"  {name}: LR-PSNR {lr_psnr(image, lr).item():.1f} dB")
-    images |= {"lr": lr, "mean": samples[1:].mean(0, keepdim=True),
-               "std": std_map(samples[1:, None]) / 32 - 1}  # white: 64 grey levels
+    images["lr"] = lr
+    images["mean"] = samples[1:].mean(0, keepdim=True)
+    images["std"] = std_map(samples[1:, None]) / 32 - 1  # white: 64 grey levels
     folder = Path(arguments.out) / Path(path).stem
     folder.mkdir(parents=True, exist_ok=True)
     for old in [*folder.glob("hallucination_*.png"), *folder.glob("walk.gif")]:
@@ -297,8 +335,10 @@ def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
 # ---- Command line -------------------------------------------------------------------------------
 
 def parse_arguments(words=None):
+    """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    flag, assets = parser.add_argument, Path(__file__).with_name("assets")
+    flag = parser.add_argument
+    assets = Path(__file__).with_name("assets")
     flag("photos", nargs="*", metavar="PHOTO",
          help="image files (default: NASA's portrait of Eileen Collins, in assets/)")
     flag("--checkpoint", default=assets / "faces64.pt",
@@ -308,7 +348,6 @@ def parse_arguments(words=None):
     flag("--temperature", type=float, default=1.0,
          help="scale of z: 0 is SR, below 1 tamer, above 1 wilder (default: 1)")
     flag("--seed", type=int, default=0, help="seed of z (default: 0)")
-    flag("--project", action="store_true", help="shift every block to LR's value (project_onto_lr)")
     flag("--walk", action="store_true", help="write an animated GIF")
     flag("--evaluate", metavar="FOLDER", type=os.path.realpath, help="score on its photos")
     flag("--others", metavar="FOLDER", type=os.path.realpath, help="photos of others, for realism")
@@ -345,7 +384,9 @@ def span(words: str) -> slice:
 def find_device(name: str) -> str:
     """cpu or cuda; auto is cuda where there is one. Raises ValueError for a missing GPU."""
     require(name != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no GPU here")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
 
 
 def run_as_script(main):
@@ -367,8 +408,6 @@ def main(words=None):
     generator = load_generator(arguments.checkpoint, arguments.device)
     if generator.note:
         print(f"{arguments.checkpoint}: {generator.note}")
-    if arguments.project:
-        generator = Projected(generator)
     for path in arguments.photos:
         write_samples(generator, path, arguments)
     if arguments.evaluate:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,13 +32,13 @@ import hallusr
 import sample
 import train
 from hallusr import LPIPS, Discriminator, Generator, PerceptualLoss, ResidualBlock, UpBlock
-from train import Config
+from train import PRESETS, Config
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or the scripts would take a GPU that is here
 HERE = Path(__file__).parent
-G4 = dict(size=16, scale=4, z_dim=5, widths=(8, 6, 4), blocks=1)
+G4 = dict(size=16, scale=4, z_dim=5, width=3, blocks=1)
 TINY = dict(**G4, d_blocks=1, batch=2, perceptual="pixels")
-TINY_FLAGS = ("--size 32 --scale 4 --z-dim 5 --widths 8 6 4 --blocks 1 --d-blocks 1 --batch 2 "
+TINY_FLAGS = ("--size 32 --scale 4 --z-dim 5 --width 3 --blocks 1 --d-blocks 1 --batch 2 "
               "--steps 2 --warmup 0 --perceptual pixels --log-every 1 --val-every 2 --val-faces 4 "
               "--sketches 20 --device cpu --no-amp --fall 0")
 CACHE = Path(torch.hub.get_dir()) / "checkpoints"
@@ -61,10 +61,16 @@ def no_downloads(monkeypatch):
 def fixed_seed():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # these networks are too small to share out
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {name: signal.getsignal(name) for name in names}
     yield
     for name, handler in before.items():  # a training run in this process takes them
         signal.signal(name, handler)
+
+
+def tiny(**changes):
+    """Small networks with the paper's settings, but for these."""
+    return Config(**PRESETS["paper"] | TINY | changes)
 
 
 def images(*shape):
@@ -171,14 +177,16 @@ def test_image_gradient_of_a_ramp_and_its_slope_on_flat_areas():
 # ---- Networks ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale, widths, size", [(8, (8, 6, 4, 4), (8, 8)), (4, (8, 6, 4), (3, 5)),
-                                                 (2, (4, 4), (1, 1))])
+@pytest.mark.parametrize("scale, channels, size", [
+    (8, [12, 9, 6, 3], (8, 8)), (4, [9, 6, 3], (3, 5)), (2, [6, 3], (1, 1))])
 @pytest.mark.parametrize("hard", [False, True])
-def test_generator_shapes_at_every_scale(scale, widths, size, hard):
-    G = Generator(scale=scale, z_dim=5, widths=widths, blocks=2, hard_consistency=hard)
+def test_generator_shapes_at_every_scale(scale, channels, size, hard):
+    G = Generator(scale=scale, z_dim=5, width=3, blocks=2, hard_consistency=hard)
+    found = [G.first_conv.out_channels] + [block.shared.out_channels for block in G.up_blocks]
+    assert found == channels
     lr = levels(2, 3, *size)
     made = G(lr, torch.randn(2, 5, *size))
-    factors = [2 ** (i + 1) for i in range(len(widths) - 1)]
+    factors = [2 ** (i + 1) for i in range(len(channels) - 1)]
     for image, gradient, factor in zip(made["image"], made["gradient"], factors, strict=True):
         assert image.shape == gradient.shape == (2, 3, size[0] * factor, size[1] * factor)
         exact = torch.allclose(hallusr.downscale(image, factor), lr, atol=1e-5)
@@ -224,31 +232,30 @@ def plain(module, name, x, padding=1):
 
 def test_up_block_adds_detail_from_shared_features_to_the_enlarged_pictures():
     block, features = UpBlock(6, 4), torch.randn(2, 6, 4, 4)
-    pictures = {"image": images(2, 3, 4, 4), "gradient": images(2, 3, 4, 4)}
-    new, larger = block(features, pictures)
+    image, gradient = images(2, 3, 4, 4), images(2, 3, 4, 4)
+    new, larger_image, larger_gradient = block(features, image, gradient)
     doubled = features.repeat_interleave(2, 2).repeat_interleave(2, 3)
     shared = fn.leaky_relu(plain(block, "shared", doubled), 0.2)
     torch.testing.assert_close(new, shared)
-    assert list(larger) == ["image", "gradient"]
-    for domain, steepness in (("image", 1.0), ("gradient", 0.5)):
-        skip = fn.interpolate(pictures[domain], scale_factor=2, mode="bilinear")
-        detail = fn.leaky_relu(plain(block, f"heads.{domain}.0", shared), 0.2)
-        detail = plain(block, f"heads.{domain}.2", detail, padding=0)
-        torch.testing.assert_close(larger[domain], steepness * skip + detail)
-    alone = UpBlock(6, 4, gradient_branch=False)
-    assert list(alone.heads) == ["image"] == list(alone(features, pictures)[1])
+    for picture, larger, head, steepness in (
+            (image, larger_image, "image_head", 1.0),
+            (gradient, larger_gradient, "gradient_head", 0.5)):
+        skip = fn.interpolate(picture, scale_factor=2, mode="bilinear")
+        detail = fn.leaky_relu(plain(block, f"{head}.0", shared), 0.2)
+        detail = plain(block, f"{head}.2", detail, padding=0)
+        torch.testing.assert_close(larger, steepness * skip + detail)
 
 
 @pytest.mark.parametrize("channels", [0, 3])
-def test_discriminator_against_plain_convolutions_excess_enters_the_last_block(channels):
-    D = Discriminator((8, 6, 4), 4, 3, excess_channels=channels)
+def test_discriminator_against_plain_convolutions_F_enters_the_last_block(channels):
+    D = Discriminator(3, 4, 3, condition_channels=channels)
     for weight in D.parameters():  # biases start at 0, where their place would not show
         torch.nn.init.normal_(weight, std=0.3)
 
     def residual(name, x):
         return x + plain(D, f"{name}.conv2", fn.leaky_relu(plain(D, f"{name}.conv1", x), 0.2))
 
-    coarse, fine, excess = images(2, 3, 8, 8), images(2, 3, 16, 16), torch.rand(2, channels, 4, 4)
+    coarse, fine, F = images(2, 3, 8, 8), images(2, 3, 16, 16), torch.rand(2, channels, 4, 4)
     h = 0
     for i, picture in enumerate((fine, coarse)):
         h = fn.leaky_relu(plain(D, f"down_blocks.{i}.from_pixels", picture, padding=0), 0.2) + h
@@ -256,13 +263,13 @@ def test_discriminator_against_plain_convolutions_excess_enters_the_last_block(c
             h = fn.leaky_relu(plain(D, f"down_blocks.{i}.{name}", h), 0.2)
         h = (h[..., ::2, ::2] + h[..., 1::2, ::2] + h[..., ::2, 1::2] + h[..., 1::2, 1::2]) / 4
     h = residual("trunk.1", residual("trunk.0", h))
-    expected = plain(D, "to_logits", residual("last_block", torch.cat([h, excess], 1)))
-    torch.testing.assert_close(D([coarse, fine], excess if channels else None), expected,
+    expected = plain(D, "to_logits", residual("last_block", torch.cat([h, F], 1)))
+    torch.testing.assert_close(D([coarse, fine], F if channels else None), expected,
                                rtol=1e-4, atol=1e-5)
 
 
 def test_every_parameter_takes_part():
-    G, D = Generator(**G4), Discriminator((8, 6, 4), 4, 2, 3)
+    G, D = Generator(**G4), Discriminator(3, 4, 2, 3)
     made = G(levels(2, 3, 4, 4), torch.randn(2, 5, 4, 4))
     logits = D(made["image"], torch.rand(2, 3, 4, 4))
     (logits.square().sum() + sum(g.square().sum() for g in made["gradient"])).backward()
@@ -458,8 +465,65 @@ def test_pixel_std_by_hand():
     torch.testing.assert_close(found, torch.full((2,), math.sqrt(20.0)))
 
 
+def gaussian_levels(*shape, std=25.0):
+    """Grey levels around 128, as images."""
+    return hallusr.from_levels(128 + std * torch.randn(*shape))
+
+
+@pytest.mark.parametrize("K", [2, 4, 10])
+def test_spread_equals_error_where_truth_and_samples_are_of_one_distribution(K):
+    samples, truth = gaussian_levels(K, 6, 3, 64, 64), gaussian_levels(6, 3, 64, 64)
+    variance, error = hallusr.spread_and_error(samples, truth)
+    assert variance.shape == error.shape == (6,)
+    assert (variance.mean() / error.mean()).sqrt().item() == pytest.approx(1, abs=0.02)
+    ranks = hallusr.rank_histogram(samples, truth)
+    torch.testing.assert_close(ranks.mean(0), torch.full((K + 1,), 1 / (K + 1)), atol=0.01, rtol=0)
+    torch.testing.assert_close(ranks.sum(1), torch.ones(6))
+
+
+def test_samples_half_as_wide_as_the_truth_have_half_its_spread():
+    mean = 40 * torch.randn(6, 3, 64, 64)  # what an LR decides: the rest is as hard to guess
+    truth = hallusr.from_levels((128 + mean + 20 * torch.randn(6, 3, 64, 64)).clamp(0, 255))
+    samples = hallusr.from_levels((128 + mean + 10 * torch.randn(200, 6, 3, 64, 64)).clamp(0, 255))
+    variance, error = hallusr.spread_and_error(samples, truth)
+    assert (variance.mean() / error.mean()).sqrt().item() == pytest.approx(0.5, abs=0.02)
+    ends = hallusr.rank_histogram(samples[:10], truth)[:, [0, -1]].sum(1).mean()
+    # Of ten draws of half the width all lie on one side of the truth: an integral over it.
+    t = torch.linspace(-8, 8, 4001)
+    below = torch.special.ndtr(2 * t)
+    density = torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi)
+    expected = ((below ** 10 + (1 - below) ** 10) * density).sum() * 16 / 4000
+    assert ends.item() == pytest.approx(expected.item(), abs=0.02)
+
+
+def test_ranks_and_errors_by_hand():
+    samples = hallusr.from_levels(torch.tensor([10., 20., 30.]).view(3, 1, 1, 1, 1))
+    def ranks(value):
+        truth = hallusr.from_levels(torch.tensor(value)).view(1, 1, 1, 1)
+        return hallusr.rank_histogram(samples, truth)[0].tolist()
+    assert ranks(5.) == [1, 0, 0, 0] and ranks(25.) == [0, 0, 1, 0] and ranks(31.) == [0, 0, 0, 1]
+    assert ranks(10.) == [0.5, 0.5, 0, 0]  # a tie is shared by the ranks that it may have
+    found = hallusr.spread_and_error(samples, hallusr.from_levels(torch.full((1, 1, 1, 1), 26.)))
+    assert [value.item() for value in found] == pytest.approx([100, 36 * 3 / 4])
+
+
+def test_correlation_is_torchs_own():
+    a, b = torch.randn(2, 5, 3, 4, 4)
+    expected = [torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1] for x, y in zip(a, b)]
+    torch.testing.assert_close(sample.correlation(a, b), torch.stack(expected))
+    assert sample.correlation(torch.ones(1, 3, 4, 4), torch.rand(1, 3, 4, 4)).item() == 0
+
+
+def test_spread_scores_are_summed_up_over_faces():
+    rows = {"hallucination": {"lr_psnr": torch.ones(2), "variance": torch.tensor([1.0, 3.0]),
+                              "error": torch.tensor([6.0, 10.0]), "ranks": torch.ones(2, 4) / 4,
+                              "outside": torch.tensor([50.0, 40.0])}}
+    found = sample.summarize(rows)["hallucination"]
+    assert found == pytest.approx({"lr_psnr": 1.0, "outside": 45.0, "spread": 0.5})
+
+
 def test_mean_decibel_averages_errors():
-    found = hallusr.mean_decibel(torch.tensor([20.0, 30.0, math.inf]))
+    found = sample.mean_decibel(torch.tensor([20.0, 30.0, math.inf]))
     assert found.item() == pytest.approx(-10 * math.log10((1e-2 + 1e-3 + 0) / 3))
 
 
@@ -533,7 +597,7 @@ def test_realism_tells_drawings_from_their_blur_and_their_noise():
     faces = train.draw_faces(torch.rand(40, 11), 32)
     realism = hallusr.Realism(train.draw_faces(torch.rand(40, 11), 32))
     same = realism(faces)
-    blurred = realism(hallusr.upscale_bicubic(hallusr.downscale(faces, 4), 4))
+    blurred = realism(sample.upscale_bicubic(hallusr.downscale(faces, 4), 4))
     noisy = realism((faces + 0.1 * torch.randn_like(faces)).clamp(-1, 1))
     assert 2 * same < noisy and 2 * same < blurred
 
@@ -583,7 +647,7 @@ class Bicubic(torch.nn.Module):
 
     def forward(self, lr, z):
         shift = z.mean((1, 2, 3), keepdim=True)
-        image = hallusr.upscale_bicubic(lr, 4) + shift
+        image = sample.upscale_bicubic(lr, 4) + shift
         return {"image": [image], "gradient": [hallusr.image_gradient(image * (1 + shift))]}
 
 
@@ -593,16 +657,13 @@ def test_evaluate_scores_what_the_generator_makes():
     lr = hallusr.quantize(hallusr.downscale(hr, 4))
     torch.testing.assert_close(rows["SR"]["psnr"], rows["bicubic"]["psnr"])
     torch.testing.assert_close(rows["bicubic"]["ssim"],
-                               hallusr.ssim(hallusr.upscale_bicubic(lr, 4), hr))
+                               hallusr.ssim(sample.upscale_bicubic(lr, 4), hr))
     assert (rows["hallucination"]["psnr"] < rows["SR"]["psnr"]).all()
     assert (rows["hallucination"]["pixel_std"] > 1).all()
     again = sample.evaluate(Bicubic(), hr, samples=3)
     assert torch.equal(rows["hallucination"]["psnr"], again["hallucination"]["psnr"])
     still = sample.evaluate(Bicubic(), hr, samples=3, temperature=0.0)
     assert torch.equal(still["hallucination"]["pixel_std"], torch.zeros(60))
-    projected = sample.evaluate(sample.Projected(Bicubic()), 0.5 * hr, samples=3)
-    exact = sample.summarize(projected)["SR"]["lr_psnr"]
-    assert exact > 50 > sample.summarize(rows)["bicubic"]["lr_psnr"]
 
 
 def test_upscale_bicubic_against_its_kernel():
@@ -615,9 +676,9 @@ def test_upscale_bicubic_against_its_kernel():
     for i in range(8):
         centre = (i + 0.5) / 2 - 0.5
         expected.append(sum(weight(centre - j) * row[min(max(j, 0), 3)] for j in range(-2, 6)))
-    found = hallusr.upscale_bicubic(row.expand(1, 1, 4, 4), 2)[0, 0, 3]
+    found = sample.upscale_bicubic(row.expand(1, 1, 4, 4), 2)[0, 0, 3]
     torch.testing.assert_close(found, torch.tensor(expected))
-    assert hallusr.upscale_bicubic(torch.ones(1, 1, 2, 2) * 3, 2).max() == 1
+    assert sample.upscale_bicubic(torch.ones(1, 1, 2, 2) * 3, 2).max() == 1
 
 
 def test_contact_sheet_shows_every_column_in_order():
@@ -628,7 +689,7 @@ def test_contact_sheet_shows_every_column_in_order():
 
     def tile(row, column):
         return sheet[:, 17 * row + 1:17 * row + 17, 17 * column + 1:17 * column + 17]
-    bicubic = hallusr.upscale_bicubic(lr, 4)[1]
+    bicubic = sample.upscale_bicubic(lr, 4)[1]
     brighter, darker = (hallusr.quantize(bicubic + shift) for shift in (0.4, -0.4))
     spread = (hallusr.to_levels(brighter) - hallusr.to_levels(darker)).abs() / 2 / 64
     expected = [hallusr.upscale_nearest(lr, 4)[1] / 2 + 0.5, bicubic / 2 + 0.5,
@@ -639,7 +700,7 @@ def test_contact_sheet_shows_every_column_in_order():
     torch.testing.assert_close(tile(3, 6), hallusr.image_gradient(hr)[1].clamp(max=1))
     assert tile(3, 5).max() == 0
     for column, z in ((2, 0.0), (3, 0.4), (4, -0.4)):  # the stand-in's own, of unbounded images
-        own = hallusr.image_gradient((hallusr.upscale_bicubic(lr, 4) + z) * (1 + z))[1]
+        own = hallusr.image_gradient((sample.upscale_bicubic(lr, 4) + z) * (1 + z))[1]
         torch.testing.assert_close(tile(3, column), own.clamp(max=1))
 
 
@@ -647,38 +708,40 @@ def test_contact_sheet_shows_every_column_in_order():
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: Config(scale=6), "power of two.*6"),
-    (lambda: Config(widths=(8, 8)), "4 positive numbers for scale 8"),
-    (lambda: Config(size=60), "multiple of scale 8, got 60"),
-    (lambda: Config(tau=0.0), r"tau must be in \[1e-06.*got 0"),
-    (lambda: Config(lr_g=math.nan), r"lr_g must be in \[0, .*got nan"),
-    (lambda: Config(batch=0), r"batch must be in \[1, "),
-    (lambda: Generator(scale=8, widths=(8, 8)), "4 positive numbers"),
+    (lambda: train.check_config(tiny(scale=6)), "power of two.*6"),
+    (lambda: train.check_config(tiny(width=0)), "width must be 1 or more, got 0"),
+    (lambda: train.check_config(tiny(size=62)), "multiple of scale 4, got 62"),
+    (lambda: train.check_config(tiny(tau=0.0)), "tau must be positive, got 0"),
+    (lambda: train.check_config(tiny(ema=1.0)), "ema must be below 1, got 1"),
+    (lambda: train.check_config(tiny(lr_g=math.nan)), r"lr_g must be in \[0, .*got nan"),
+    (lambda: train.check_config(tiny(fall=1.5)), r"fall must be in \[0, 1\], got 1.5"),
+    (lambda: train.check_config(tiny(batch=0)), r"batch must be in \[1, "),
+    (lambda: train.check_config(tiny(d_blocks=0)), "blocks must be 1 or more, got 0"),
+    (lambda: Generator(scale=12), "power of two.*12"),
     (lambda: Generator(z_dim=0), "z_dim must be 1 or more"),
     (lambda: Generator(**G4)(images(2, 1, 4, 4), torch.randn(2, 5, 4, 4)),
      r"\(N, 3, H, W\).*2, 1, 4, 4"),
     (lambda: Generator(**G4)(images(2, 3, 4, 4), torch.randn(2, 6, 4, 4)),
      r"\(2, 5, 4, 4\), got \(2, 6, 4, 4\)"),
     (lambda: Generator(**G4)(images(2, 3, 4, 4), torch.randn(2, 5)), r"got \(2, 5\)"),
-    (lambda: Discriminator((8, 6, 4), 4, 1)([images(2, 3, 16, 16)]), "2 resolutions, got 1"),
-    (lambda: Discriminator((8, 6, 4), 4, 1, 3)(hallusr.pyramid(images(2, 3, 16, 16), 2)),
-     r"excess must have shape \(2, 3, 4, 4\), got \(2, 0, 4, 4\)"),
-    (lambda: Discriminator((8, 6), 2, 1, 0)([images(2, 3, 8, 8)], images(2, 3, 4, 4)),
-     r"excess must have shape \(2, 0, 4, 4\), got \(2, 3, 4, 4\)"),
-    (lambda: Discriminator((8, 6, 4), 4, 1)([images(1, 3, 8, 8), images(2, 3, 16, 16)]),
+    (lambda: Discriminator(3, 4, 1)([images(2, 3, 16, 16)]), "2 resolutions, got 1"),
+    (lambda: Discriminator(3, 4, 1, 3)(hallusr.pyramid(images(2, 3, 16, 16), 2)),
+     r"condition must have shape \(2, 3, 4, 4\), got None"),
+    (lambda: Discriminator(3, 2, 1, 0)([images(2, 3, 8, 8)], images(2, 3, 4, 4)),
+     r"condition must have shape None, got \(2, 3, 4, 4\)"),
+    (lambda: Discriminator(3, 4, 1)([images(1, 3, 8, 8), images(2, 3, 16, 16)]),
      "one shape.*1, 6, 8, 8.*2, 6, 8, 8"),
-    (lambda: Discriminator((8, 6), 2, 1, 3)([images(2, 3, 8, 8)], images(1, 3, 4, 4)),
-     r"excess must have shape \(2, 3, 4, 4\).*got \(1, 3, 4, 4\)"),
+    (lambda: Discriminator(3, 2, 1, 3)([images(2, 3, 8, 8)], images(1, 3, 4, 4)),
+     r"condition must have shape \(2, 3, 4, 4\), got \(1, 3, 4, 4\)"),
     (lambda: hallusr.diversity_loss(*images(2, 2, 3, 4, 4), *torch.randn(2, 1, 5)), "a z for"),
     (lambda: hallusr.diversity_loss(*images(2, 2, 3, 4, 4), torch.randn(1, 5), torch.randn(2, 5)),
      "z1 and z2 must have one shape"),
     (lambda: hallusr.draw_z((1, 5, 4, 4), 1.1, None), r"z_shared must be in \[0, 1\], got 1.1"),
     (lambda: hallusr.draw_z((1, 5, 4, 4), -0.1, None), r"z_shared must be in \[0, 1\], got -0.1"),
     (lambda: hallusr.draw_z((4, 5), 1.0, None), r"\(..., z_dim, h, w\), got \(4, 5\)"),
-    (lambda: Config(z_shared=2.0), r"z_shared must be in \[0, 1\], got 2"),
-    (lambda: Config(explore="noise"), "explore must be branch, gradient or image, got noi"),
+    (lambda: train.check_config(tiny(z_shared=2.0)), r"z_shared must be in \[0, 1\], got 2"),
     (lambda: train.draw_faces(torch.rand(2, 11), 12), "multiple of 8, got 12"),
-    (lambda: Config(seed=2 ** 40), "seed must be in .*got 1099511627776"),
+    (lambda: train.check_config(tiny(seed=2 ** 40)), "seed must be in .*got 1099511627776"),
     (lambda: sample.parse_arguments(["--temperature", "inf"]), "--temperature inf is no scale"),
     (lambda: sample.parse_arguments(["--seed", "20000000000000"]), "seed must be in"),
     (lambda: sample.parse_arguments(["...png"]), "its folder's below --out"),
@@ -701,6 +764,8 @@ def test_contact_sheet_shows_every_column_in_order():
                  marks=needs_lpips),
     (lambda: hallusr.diversity_score(images(2, 3, 4)), r"\(K, N, H, W\)"),
     (lambda: hallusr.std_map(images(2, 3, 4, 4)), r"\(K, N, 3, H, W\)"),
+    (lambda: hallusr.spread_and_error(images(1, 2, 3, 4, 4), images(2, 3, 4, 4)), "K of 2 or more"),
+    (lambda: hallusr.rank_histogram(images(4, 2, 3, 4, 4), images(1, 3, 4, 4)), "K of 2 or more"),
 ])
 def test_wrong_arguments_are_named(call, words):
     with pytest.raises(ValueError, match=words):
@@ -714,7 +779,7 @@ def either_side(compare):
 
 @pytest.mark.parametrize("reads", [
     [hallusr.image_gradient, hallusr.downscale, hallusr.quantize, hallusr.pyramid,
-     lambda x: hallusr.std_map(x[None]), lambda x: Discriminator((8, 6), 2, 1)([x]),
+     lambda x: hallusr.std_map(x[None]), lambda x: Discriminator(3, 2, 1)([x]),
      lambda x: Generator(**G4)(x, torch.randn(2, 5, 32, 32))],
     *map(either_side, [hallusr.psnr, hallusr.ssim, hallusr.lr_psnr, hallusr.excess]),
     pytest.param(either_side(lambda a, b: LPIPS()(a, b)), marks=needs_lpips, id="LPIPS")])
@@ -737,8 +802,7 @@ def test_checkpoint_loads_with_plain_torch_and_gives_the_same_images(tmp_path):
     for name, note in (("full.pt", "a word"), ("half.pt", "")):
         loaded = hallusr.load_generator(tmp_path / name)
         assert not loaded.training and loaded.z_dim == 5 and loaded.note == note
-        assert loaded.settings == dict(**G4, z_shared=0.25, hard_consistency=False,
-                                       gradient_branch=True)
+        assert loaded.settings == dict(**G4, z_shared=0.25, hard_consistency=False)
         assert torch.equal(loaded(lr, z)["image"][-1], G.float()(lr, z)["image"][-1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full.pt", "half.pt"]
 
@@ -783,15 +847,15 @@ def test_truncated_and_missing_checkpoints_are_named(tmp_path):
 @pytest.mark.parametrize("spoil, words", [
     (lambda _: b"not a checkpoint", "is damaged or no checkpoint"),
     (lambda _: {"weights": 1}, "not a hallusr"),
-    (lambda _: {"hallusr": 3, "settings": G4}, "holds no generator"),
-    (lambda _: {"hallusr": 3, "generator": {}}, "holds no generator"),
-    (lambda good: good | {"hallusr": 2}, "is of format 2, this version reads format 3: sample it "
+    (lambda _: {"hallusr": 4, "settings": G4}, "holds no generator"),
+    (lambda _: {"hallusr": 4, "generator": {}}, "holds no generator"),
+    (lambda good: good | {"hallusr": 3}, "is of format 3, this version reads format 4: sample it "
      "with the version that made it"),
     (lambda good: good["settings"].pop("z_shared"), r"other settings.*: \['z_shared'\]"),
     (lambda good: good["settings"].update(colour=3), r"\['colour'\] in one alone"),
-    (lambda good: good["settings"].update(widths=(9, 6, 4)), "holds another architecture"),
-    (lambda good: good["settings"].update(gradient_branch=False), "holds another architecture"),
-    (lambda good: good["generator"]["head.bias"][3].fill_(math.nan), "spoiled: head.bias holds"),
+    (lambda good: good["settings"].update(width=4), "holds another architecture:"),
+    (lambda good: good["generator"]["first_conv.bias"][3].fill_(math.nan),
+     "spoiled: first_conv.bias holds"),
     (lambda good: good["generator"]["trunk.0.conv2.weight"][0, 0, 1, 1].fill_(math.inf),
      "is spoiled: trunk.0.conv2.weight holds NaN or infinity")])
 def test_wrong_checkpoints_are_named(spoil, words, tmp_path):
@@ -832,35 +896,43 @@ def test_resumed_training_is_equal_bit_by_bit_whatever_became_of_its_tables(spoi
     spoil(tmp_path / "part")
     train.main(["--resume", str(tmp_path / "part/last.pt"), "--steps", "6", "--device", "cpu"])
     resumed = torch.load(tmp_path / "part/last.pt")
-    assert whole["step"] == resumed["step"] == 6
-    for name in ("generator", "G", "D"):
+    assert whole["step"] == resumed["step"] == 6 and whole["best"] == resumed["best"]
+    for name in ("generator", "G", "D_I", "D_g"):
         for key, value in whole[name].items():
             assert torch.equal(value, resumed[name][key]), key
     best = [torch.load(tmp_path / f"{run}/best.pt")["step"] for run in ("whole", "part")]
     assert best[0] == best[1]
+
+
+def test_a_resumed_run_goes_on_with_its_tables(tmp_path):
+    flags = ["--r1-every", "2", "--val-every", "3"]
+    run_training(tmp_path / "whole", "--steps", "6", *flags)
+    run_training(tmp_path / "part", "--steps", "3", *flags)
+    train.main(["--resume", str(tmp_path / "part/last.pt"), "--steps", "6", "--device", "cpu"])
     for name, steps in (("log.csv", "123456"), ("valid.csv", "36")):
         rows, again = (table(tmp_path / run / name) for run in ("whole", "part"))
         assert rows == again and [row["step"] for row in rows] == list(steps)
     log = table(tmp_path / "whole/log.csv")
-    assert [row["R1_image"] != "" for row in log] == [True, False] * 3  # where it was taken
+    assert [row["R1"] != "" for row in log] == [True, False] * 3  # where it was taken
 
 
-@pytest.mark.parametrize("frozen, moving", [("lr-g", "D"), ("lr-d", "G")])
+@pytest.mark.parametrize("frozen, moving", [("lr-g", ["D_I", "D_g"]), ("lr-d", ["G"])])
 def test_each_step_moves_its_own_player(tmp_path, frozen, moving):
     content = run_training(tmp_path, f"--{frozen}", "1e-30")
-    fresh = train.Networks(Config(**TINY, hard_consistency=True), "cpu")
-    for name in ("G", "D"):
+    fresh = train.Networks(tiny(hard_consistency=True), "cpu")
+    for name in ("G", "D_I", "D_g"):
         before, after = getattr(fresh, name).state_dict(), content[name]
         same = [torch.allclose(before[key], after[key], rtol=0, atol=1e-20) for key in before]
-        assert not any(same) if name == moving else all(same), name
+        assert not any(same) if name in moving else all(same), name
 
 
 def test_the_first_steps_teach_reconstruction_alone(tmp_path):
     content = run_training(tmp_path / "alone", "--steps", "3", "--warmup", "3")
-    start = train.Networks(Config(**TINY, hard_consistency=True), "cpu")
-    for key, weight in start.D.state_dict().items():
-        assert torch.equal(weight, content["D"][key])
-    before, after = start.G.head.weight, content["G"]["head.weight"]
+    start = train.Networks(tiny(hard_consistency=True), "cpu")
+    for name in ("D_I", "D_g"):
+        for key, weight in getattr(start, name).state_dict().items():
+            assert torch.equal(weight, content[name][key])
+    before, after = start.G.first_conv.weight, content["G"]["first_conv.weight"]
     assert torch.equal(before[:, 3:], after[:, 3:])  # what z passes through
     assert not torch.equal(before[:, :3], after[:, :3])
     run_training(tmp_path / "then", "--steps", "3", "--warmup", "2")
@@ -871,10 +943,10 @@ def test_the_first_steps_teach_reconstruction_alone(tmp_path):
     assert notes == ["step 3 is within the warm-up of 3: z means nothing yet", ""]
 
 
-def loss_of_d(D, real, fakes, excess, r1_weight, d_sr):
-    """-log D(real) - log(1 - D(fake)) + R1, one image at a time; excess is None for D_g."""
-    none = None if excess is None else torch.zeros_like(excess[0][:1])
-    loss, share = 0.0, (d_sr / (1 + d_sr), 1 / (1 + d_sr))
+def loss_of_d(D, real, fakes, F, r1_weight, beta):
+    """-log D(real) - log(1 - D(fake)) + R1, one image at a time; F is None for D_g."""
+    none = None if F is None else torch.zeros_like(F[0][:1])
+    loss, share = 0.0, (beta / (1 + beta), 1 / (1 + beta))
     for n in range(2):
         pictures = [picture[n:n + 1].detach().requires_grad_() for picture in real]
         logits = D(pictures, none)
@@ -883,7 +955,7 @@ def loss_of_d(D, real, fakes, excess, r1_weight, d_sr):
         loss = loss - torch.sigmoid(logits).log().mean() / 2 + r1_weight * r1 / 2
         for k, fake in enumerate(fakes):
             seen = [picture[n:n + 1].detach() for picture in fake]
-            logits = D(seen, None if excess is None else excess[k][n:n + 1].detach())
+            logits = D(seen, None if F is None else F[k][n:n + 1].detach())
             loss = loss - share[k] * (1 - torch.sigmoid(logits)).log().mean() / 2
     return loss
 
@@ -894,16 +966,12 @@ def assert_left(module, gradients):
     torch.testing.assert_close(found, gradients, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("explore", ["branch", "gradient", "image"])
 @pytest.mark.parametrize("step, every, times", [(5, 1, 1), (7, 1, 1), (8, 4, 4), (7, 4, 0),
                                                 (4, 1, None)])  # the last is of the warm-up
-@pytest.mark.parametrize("beta, d_sr, judged", [(0.5, 0.25, 4), (0.5, 0.0, 4), (0.0, 0.25, 4),
-                                                (0.0, 0.0, 2)])
-def test_a_step_of_both_players_goes_down_their_losses(explore, step, every, times, beta, d_sr,
-                                                       judged):
-    config = Config(**TINY, gamma=2.0, beta=beta, d_sr=d_sr, alpha=3.0, tie=3.0, pixel=5.0, eps=0.3,
-                    warmup=5,
-                    r1_gamma=6.0, r1_every=every, explore=explore, lr_g=1e-30, lr_d=1e-3)
+@pytest.mark.parametrize("beta", [0.5, 0.0])
+def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta):
+    config = tiny(gamma=2.0, beta=beta, alpha=3.0, tie=3.0, pixel=5.0, eps=0.3, warmup=5,
+                  r1_gamma=6.0, r1_every=every, lr_g=1e-30, lr_d=1e-3)
     nets, playing, edges = train.Networks(config, "cpu"), times is not None, hallusr.image_gradient
     hr, z1, z2 = levels(2, 3, 16, 16), *torch.randn(2, 2, 5, 4, 4)
     lr = hallusr.quantize(hallusr.downscale(hr, 4))
@@ -912,24 +980,24 @@ def test_a_step_of_both_players_goes_down_their_losses(explore, step, every, tim
     assert all((x > 0).any() for x in F)
     real = {"image": [hallusr.downscale(hr, 2), hr]}
     real["gradient"] = [edges(picture) for picture in real["image"]]
-    assert list(nets.D) == (["image", "gradient"] if explore == "branch" else ["image"])
-    seen = {"branch": lambda x: x["gradient"][-1], "image": lambda x: x["image"][-1],
-            "gradient": lambda x: edges(x["image"][-1])}[explore]
-    l_z = torch.stack([(a - b).abs().mean() / ((y - z).abs().mean() + 1e-5)
-                       for a, b, y, z in zip(seen(h1), seen(h2), z1, z2)])
+    l_z = torch.stack([(a - b).abs().mean() / ((y - z).abs().mean() + 1e-5) for a, b, y, z in
+                       zip(h1["gradient"][-1], h2["gradient"][-1], z1, z2)])
     config = replace(config, tau=l_z.mean().item())  # one of the two is cut
-    before, sizes = copy.deepcopy(nets.D), []
-    hook = nets.D["image"].register_forward_hook(lambda _, __, logits: sizes.append(len(logits)))
-    terms = train.training_step(nets, torch.nn.L1Loss(), contextlib.nullcontext(), config, hr, z1,
+    Ds = {"image": nets.D_I, "gradient": nets.D_g}
+    before, calls = copy.deepcopy(Ds), []
+    hook = nets.D_I.register_forward_hook(lambda _, __, logits: calls.append(len(logits)))
+    terms = train.training_step(nets, config, torch.nn.L1Loss(), contextlib.nullcontext(), hr, z1,
                                 z2, step)
     hook.remove()
-    assert sizes == ([2 + judged, *[2] * bool(times), judged] if playing else [])  # for D, R1, G
-    for (domain, D), old in zip(nets.D.items(), before.values()):
+    judged = 2 if beta else 1  # of z1's image, and of the reconstruction
+    assert calls == ([2] * (1 + judged + bool(times) + judged) if playing else [])
+    for domain, D in Ds.items():
+        old = before[domain]
         assert torch.equal(D.to_logits.weight, old.to_logits.weight) != playing
         if playing:
             batch = real[domain], [sr[domain], h1[domain]], F if domain == "image" else None
-            loss = loss_of_d(old, *batch, times * 6 / 2, d_sr)
-            assert loss_of_d(D, *batch, times * 6 / 2, d_sr) < loss
+            loss = loss_of_d(old, *batch, times * 6 / 2, beta)
+            assert loss_of_d(D, *batch, times * 6 / 2, beta) < loss
             assert_left(D, torch.autograd.grad(loss, list(old.parameters())))
             logits = old(h1[domain], F[1] if domain == "image" else None)
             torch.testing.assert_close(terms[f"D_{domain}_fake"], logits)  # without SR's
@@ -937,33 +1005,20 @@ def test_a_step_of_both_players_goes_down_their_losses(explore, step, every, tim
     # G has not moved, D has: what is left in G is its objective against the D just improved.
     def adversarial(x, k):
         return sum(-torch.sigmoid(D(x[domain], F[k] if domain == "image" else None)).log().mean()
-                   for domain, D in nets.D.items())
+                   for domain, D in Ds.items())
     pixels = (sr["image"][-1] - hr).abs().mean()  # perceptual="pixels": (6) is the same
     loss = 2 * pixels + 5 * pixels
-    if explore == "branch":
-        loss = loss + 2 * (sr["gradient"][-1] - real["gradient"][-1]).abs().mean()
-        ties = [(x["gradient"][-1] - edges(x["image"][-1])).abs().mean() for x in made]
-        loss = loss + 3 * (sum(ties) / 3 if playing else ties[0])
+    loss = loss + 2 * (sr["gradient"][-1] - real["gradient"][-1]).abs().mean()
+    ties = [(x["gradient"][-1] - edges(x["image"][-1])).abs().mean() for x in made]
+    loss = loss + 3 * (sum(ties) / 3 if playing else ties[0])
     if playing:
         loss = loss + beta * adversarial(sr, 0)                                     # (10)
         loss = loss + adversarial(h1, 1) - 3 * l_z.clamp(max=config.tau).mean()     # (11)
     assert_left(nets.G, torch.autograd.grad(loss, list(nets.G.parameters())))
 
 
-@pytest.mark.parametrize("explore", ["gradient", "image"])
-def test_without_the_gradient_branch_there_is_no_trace_of_it(explore, tmp_path):
-    content = run_training(tmp_path, "--explore", explore)
-    names = [*content["generator"], *content["D"], *table(tmp_path / "log.csv")[0]]
-    assert any("image" in name for name in names) and not any("gradient" in name for name in names)
-    assert all(float(row["L_z"]) > 0 for row in table(tmp_path / "log.csv"))
-    G = hallusr.load_generator(tmp_path / "last.pt")
-    assert not G.settings["gradient_branch"]
-    assert list(G(levels(1, 3, 4, 4), torch.zeros(1, 5, 4, 4))) == ["image"]
-    assert sample.read_image(tmp_path / "grid.png").shape == (3, 4 * 2 * 33 + 1, 11 * 33 + 1)
-
-
 def test_running_average_follows_and_forgets():
-    nets = train.Networks(Config(**TINY), "cpu")
+    nets = train.Networks(tiny(), "cpu")
     before = [p.clone() for p in nets.ema.parameters()]
     with torch.no_grad():
         for parameter in nets.G.parameters():
@@ -984,8 +1039,8 @@ def test_the_best_row_since_the_warm_up_is_kept(marks, best, tmp_path, monkeypat
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: None)
     monkeypatch.setattr(train, "summarize", lambda _: {"SR": {"psnr": next(values)[1]}})
     saved, save = [], train.Report.save
-    monkeypatch.setattr(train.Report, "save", lambda self, name, step: (
-        saved.append(step) if name == "best.pt" else None, save(self, name, step)))
+    monkeypatch.setattr(train.Report, "save", lambda self, name: (
+        saved.append(self.step) if name == "best.pt" else None, save(self, name)))
     run_training(tmp_path, "--steps", str(marks[-1][0]), "--warmup", "3")
     assert saved == best
 
@@ -1009,10 +1064,20 @@ def test_scores_of_another_number_of_faces_do_not_decide_what_is_best(tmp_path, 
     assert torch.load(tmp_path / "best.pt")["step"] == 8
 
 
-def test_a_table_has_every_column_any_row_has(tmp_path):
-    train.Report.export(SimpleNamespace(out=tmp_path), "log.csv",
-                        [{"step": 1, "a": 0.5}, {"step": 2, "b": math.inf}])
-    assert (tmp_path / "log.csv").read_text().split() == ["step,a,b", "1,0.5,", "2,,inf"]
+def test_a_table_grows_by_rows_and_one_that_can_not_is_no_reason_to_stop(tmp_path, capsys):
+    columns, path = ["step", "a", "b"], tmp_path / "log.csv"
+    train.append_row(path, {"step": 1, "a": 0.5}, columns)
+    train.append_row(path, {"step": 2, "b": math.inf}, columns)
+    assert path.read_text().split() == ["step,a,b", "1,0.5,", "2,,inf"]
+    train.append_row(tmp_path / "nowhere/log.csv", {"step": 3}, columns)
+    assert "nowhere/log.csv lacks the row of step 3: " in capsys.readouterr().out
+
+
+def test_every_term_of_a_step_has_its_column():
+    config = tiny(warmup=1)
+    nets = train.Networks(config, "cpu")
+    for step in (0, 1):
+        assert set(one_step(nets, config, "cpu", step)) <= set(train.LOG_COLUMNS)
 
 
 def shown(kinds, truth):
@@ -1020,59 +1085,42 @@ def shown(kinds, truth):
     return truth[kinds, torch.arange(truth.shape[1])]
 
 
-def test_a_perfect_sampler_is_calibrated_and_nothing_simpler_is():
+def test_a_perfect_sampler_finds_the_possibilities_and_nothing_simpler_does():
     truth = train.possibilities(40, 32)
     lr, sr = hallusr.quantize(hallusr.downscale(truth[0], 4)), truth[0]
     drawn = shown(torch.randint(4, (10, 40)), truth)
-    noise = (truth.mean(0) + 0.1 * torch.randn(10, 40, 3, 32, 32)).clamp(-1, 1)
-    untrained = Generator(32, 4, 5, 1.0, (8, 6, 4), 1)
+    untrained = Generator(32, 4, 5, 1.0, 3, 1)
     stand_ins = {"untrained": torch.stack([hallusr.sample(untrained, lr, torch.randn(40, 5, 8, 8))
                                            for _ in range(10)]),
-                 "bicubic": hallusr.upscale_bicubic(lr, 4).expand(10, -1, -1, -1, -1),
-                 "noise": noise,
+                 "bicubic": sample.upscale_bicubic(lr, 4).expand(10, -1, -1, -1, -1),
+                 "noise": (truth.mean(0) + 0.1 * torch.randn(10, 40, 3, 32, 32)).clamp(-1, 1),
                  "one answer": shown(torch.randint(4, (40,)).expand(10, 40), truth)}
     perfect = train.calibration(drawn, sr, truth)
-    rarer = sum(math.comb(10, k) * min(k, 10 - k) for k in range(11)) / 2 ** 10 * 10  # in %
-    clean = perfect["of the four, found cleanly"].item()
-    assert clean == pytest.approx(4 * (1 - 0.75 ** 10), abs=0.15)
-    for row in ("rarer mouth, clean, %", "rarer eyes, clean, %"):
-        assert perfect[row].item() == pytest.approx(rarer, abs=5)
-    assert 0.85 < perfect["spread / true spread"] < 1.05
-    for name, images in stand_ins.items():
-        found = train.calibration(images, sr, truth)
-        for row in ("PSNR of the four to a sample, dB", "of the four, found cleanly",
-                    "rarer mouth, clean, %", "rarer eyes, clean, %",
-                    "spread in its place, %"):
-            assert found[row] < 0.8 * perfect[row], (name, row)
+    assert perfect["found"] == pytest.approx(4 * (1 - 0.75 ** 10), abs=0.15)
+    assert perfect["smiles"] == pytest.approx(50, abs=8)
+    assert perfect["glasses"] == pytest.approx(50, abs=8)
+    for name, images_ in stand_ins.items():
+        assert train.calibration(images_, sr, truth)["found"] <= 1, name
 
 
-def test_the_table_of_calibration_shows_an_oracle_as_perfect():
+def test_the_count_at_the_end_of_a_run_shows_an_oracle_as_perfect():
     class Oracle(torch.nn.Module):
         """Knows what LR hides: draws one of the four, chosen by the signs of z."""
         def forward(self, lr, z):
             truth = train.possibilities(len(lr), 32)
             return {"image": [shown(2 * (z[:, 0, 0, 0] > 0).long() + (z[:, 1, 0, 0] > 0), truth)]}
-    config = replace(Config(), size=32, scale=4, widths=(8, 6, 4), z_dim=2)
-    rows = train.calibration_table(Oracle(), config, "cpu", faces=40).splitlines()
-    values = {row[:34].strip(): [float(word) for word in row[34:].split()] for row in rows[1:]}
-    perfect, ours, sr = values["of the four, found cleanly"]
-    assert perfect > 3.5 and ours > 3.5 and sr == 1
-    assert values["spread / true spread"][1] == pytest.approx(0.95, abs=0.06)
+    found = train.calibrate(Oracle(), tiny(size=32, z_dim=2), "cpu", faces=40)
+    assert found["found"] > 3.5 and 40 < found["smiles"] < 60 and 40 < found["glasses"] < 60
+    text = train.calibration_text({"found": 3.456, "smiles": 51.4, "glasses": 9.6})
+    assert "3.46 of the four" in text and "51 % smile and 10 % wear glasses" in text
 
 
 def test_calibration_by_hand():
     def flat(*values):
-        levels = torch.tensor(values).view(-1, 1, 1, 1, 1)
-        return hallusr.from_levels(levels.expand(-1, 1, 3, 1, 1))
+        return hallusr.from_levels(torch.tensor(values).view(-1, 1, 1, 1, 1).expand(-1, 1, 3, 1, 1))
     found = train.calibration(flat(4., 125., 62., 57.), flat(3.)[0], flat(0., 60., 120., 180.))
     # SR's error is 9, so clean is up to 18. Squared errors: 16 (both), 25 (glasses), 4, 9 (smile).
-    nearest = (16 + 4 + 25 + (180 - 125) ** 2) / 4
-    expected = {"PSNR of the four to a sample, dB": 10 * math.log10(255 ** 2 / nearest),
-                "of the four, found cleanly": 2, "smiles, %": 75, "glasses, %": 50,
-                "rarer mouth, clean, %": 0, "rarer eyes, clean, %": 25,
-                "spread / true spread": math.sqrt(1839.5 / 4500)}
-    for row, value in expected.items():
-        assert found[row].item() == pytest.approx(value, rel=1e-4, abs=1e-4), row
+    assert found == {"found": 2, "smiles": 75, "glasses": 50}
 
 
 def test_it_learns_a_batch_by_heart(tmp_path):
@@ -1081,17 +1129,16 @@ def test_it_learns_a_batch_by_heart(tmp_path):
     shutil.copytree(tmp_path, tmp_path / "same")
     run_training(tmp_path / "run", "--data", str(tmp_path), "--val", str(tmp_path / "same"),
                  "--batch", "4",
-                 "--steps", "200", "--widths", "24", "16", "12", "--val-every", "200",
+                 "--steps", "200", "--width", "8", "--val-every", "200",
                  "--log-every", "50", "--lr-g", "2e-3", "--lr-d", "2e-3", "--ema", "0.9")
-    scores = (tmp_path / "run/valid.csv").read_text().splitlines()
-    row = dict(zip(scores[0].split(","), map(float, scores[-1].split(","))))
+    row = {name: float(value) for name, value in table(tmp_path / "run/valid.csv")[-1].items()}
     assert row["SR_psnr"] > row["bicubic_psnr"] + 2
     assert row["hallucination_pixel_std"] > 0.5
 
 
 def test_batches_are_a_function_of_seed_and_step():
     faces = torch.randint(0, 256, (20, 3, 16, 16)).to(torch.uint8)
-    config = Config(**TINY)
+    config = tiny()
     first, again = (train.batch_at(faces, config, 3, "cpu") for _ in range(2))
     other = train.batch_at(faces, config, 4, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(first, again))
@@ -1104,7 +1151,7 @@ def test_batches_draw_every_face_and_its_mirror_and_differ_by_seed():
     faces = torch.zeros(5, 3, 16, 16).byte()
     for i in range(5):
         faces[i, :, :, :8] = 10 * i + 5
-    config, seen = Config(**TINY), set()
+    config, seen = tiny(), set()
     for step in range(60):
         for face in hallusr.to_levels(train.batch_at(faces, config, step, "cpu")[0]):
             seen.add((face[0, 0, 0].item(), face[0, 0, -1].item()))
@@ -1115,7 +1162,7 @@ def test_batches_draw_every_face_and_its_mirror_and_differ_by_seed():
 
 
 def test_batches_share_noise_between_pixels_as_the_setting_says():
-    config = replace(Config(**TINY), z_shared=0.5, batch=4000)
+    config = tiny(z_shared=0.5, batch=4000)
     _, z1, _ = train.batch_at(torch.zeros(2, 3, 16, 16).byte(), config, 0, "cpu")
     shared = (z1[..., 0, 0] * z1[..., 3, 3]).mean().item()
     assert shared == pytest.approx(0.5 ** 2, abs=0.03)
@@ -1137,7 +1184,8 @@ def test_small_faces_hide_mouth_and_glasses(size):
 def test_nan_stops_training_and_overwrites_nothing(tmp_path, monkeypatch):
     run_training(tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
-    monkeypatch.setattr(train, "diversity_loss", lambda *_: torch.tensor(math.nan))
+    real = train.diversity_loss
+    monkeypatch.setattr(train, "diversity_loss", lambda *given: math.nan * real(*given))
     with pytest.raises(FloatingPointError, match="L_z became nan"):
         train.main(["--resume", str(tmp_path / "last.pt"), "--steps", "9", "--val-every", "1",
                     "--log-every", "100", "--device", "cpu"])
@@ -1149,7 +1197,7 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, monkeypatch):
 
     def break_a_weight(nets, decay, step):
         update(nets, decay, step)
-        nets.D["gradient"].to_logits.bias.data.fill_(math.inf)
+        nets.D_g.to_logits.bias.data.fill_(math.inf)
     monkeypatch.setattr(train.Networks, "update_ema", break_a_weight)
     with pytest.raises(FloatingPointError, match="a weight became inf by step 1"):
         run_training(tmp_path, "--steps", "1")
@@ -1181,14 +1229,14 @@ def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
         run_training(tmp_path / "file")
 
 
-@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_saves_and_says_how_to_resume(signal, tmp_path, monkeypatch, capsys):
-    after = train.Report.after
+    step_done = train.Report.step_done
 
-    def interrupt_then_after(self, step, terms):
+    def interrupt_first(self, step, terms):
         train.signal.raise_signal(getattr(train.signal, signal))
-        return after(self, step, terms)
-    monkeypatch.setattr(train.Report, "after", interrupt_then_after)
+        return step_done(self, step, terms)
+    monkeypatch.setattr(train.Report, "step_done", interrupt_first)
     content = run_training(tmp_path, "--steps", "9", "--log-every", "5")
     assert content["step"] == 1
     assert [row["step"] for row in table(tmp_path / "valid.csv")] == ["1"]
@@ -1198,17 +1246,16 @@ def test_ctrl_c_saves_and_says_how_to_resume(signal, tmp_path, monkeypatch, caps
 
 def one_step(nets, config, device, step):
     hr, z1, z2 = train.batch_at(torch.zeros(3, 3, 16, 16).byte(), config, step, device)
-    terms = train.training_step(nets, torch.nn.L1Loss(), contextlib.nullcontext(), config, hr, z1,
+    terms = train.training_step(nets, config, torch.nn.L1Loss(), contextlib.nullcontext(), hr, z1,
                                 z2, step)
-    nets.set_rates(config, step)
+    nets.set_learning_rates(config, step)
     nets.update_ema(config.ema, step)
     return terms
 
 
-@pytest.mark.parametrize("explore", ["branch", "gradient"])
-def test_an_update_neither_waits_for_the_device_nor_mixes_devices(explore):
+def test_an_update_neither_waits_for_the_device_nor_mixes_devices():
     # On the meta device a value that is asked for, or a tensor of another device, is an error.
-    config = Config(**TINY, warmup=1, r1_every=2, tie=1.0, pixel=1.0, explore=explore)
+    config = tiny(warmup=1, r1_every=2, tie=1.0, pixel=1.0)
     nets = train.Networks(config, "meta")
     for step in range(3):  # of the warm-up; without R1; with it
         terms = one_step(nets, config, "meta", step)
@@ -1216,7 +1263,7 @@ def test_an_update_neither_waits_for_the_device_nor_mixes_devices(explore):
     with pytest.raises((RuntimeError, NotImplementedError)):
         terms["L_z"].item()
     with pytest.raises(RuntimeError):
-        nets.G.head.bias + torch.zeros(8)  # on the CPU
+        nets.G.first_conv.bias + torch.zeros(9)  # on the CPU
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -1232,17 +1279,18 @@ def test_two_processes_train_as_one(tmp_path):
     files = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("one", "two")]
     assert files[0] == files[1] and len(list(tmp_path.iterdir())) == 2
     one, two = (torch.load(tmp_path / name / "last.pt") for name in ("one", "two"))
-    for name in ("generator", "G", "D"):
+    for name in ("generator", "G", "D_I", "D_g"):
         for key, value in one[name].items():
-            torch.testing.assert_close(value, two[name][key], atol=2e-5, rtol=0)
+            # A step moves a weight by about 1e-3; sums in another order change its digits.
+            torch.testing.assert_close(value, two[name][key], atol=5e-5, rtol=0)
     train.main(["--resume", str(tmp_path / "two/last.pt"), "--steps", "4", "--device", "cpu"])
 
 
 def test_rates_fall_to_a_tenth_at_the_end():
-    config = Config(**TINY, lr_g=1.0, lr_d=2.0, fall=0.4, steps=100)
+    config = tiny(lr_g=1.0, lr_d=2.0, fall=0.4, steps=100)
     nets, rates = train.Networks(config, "cpu"), []
     for step in (0, 60, 80, 100):
-        nets.set_rates(config, step)
+        nets.set_learning_rates(config, step)
         rates.append([opt.param_groups[0]["lr"] for opt in (nets.opt_G, nets.opt_D)])
     assert rates[0] == rates[1] == [1.0, 2.0]
     assert rates[2] == pytest.approx([0.1 ** 0.5, 2 * 0.1 ** 0.5])
@@ -1265,17 +1313,16 @@ def test_samples_are_of_z_0_and_of_noise_as_the_model_knows_it(tmp_path):
 
 
 def test_settings_reach_the_networks():
-    config = Config(size=24, scale=4, z_dim=5, z_shared=0.3, widths=(8, 6, 4), blocks=3,
-                    d_blocks=2, hard_consistency=True)
+    config = tiny(size=24, z_shared=0.3, blocks=3, d_blocks=2, hard_consistency=True)
     nets = train.Networks(config, "cpu")
-    assert nets.G.settings == dict(size=24, scale=4, z_dim=5, z_shared=0.3, widths=(8, 6, 4),
-                                   blocks=3, hard_consistency=True, gradient_branch=True)
+    assert nets.G.settings == dict(size=24, scale=4, z_dim=5, z_shared=0.3, width=3, blocks=3,
+                                   hard_consistency=True)
     assert len(nets.G.trunk) == 3
-    assert [len(D.trunk) + 1 for D in nets.D.values()] == [2, 2]  # its last block takes F
+    assert [len(D.trunk) + 1 for D in (nets.D_I, nets.D_g)] == [2, 2]  # its last block takes F
 
 
 def test_adam_has_the_betas_of_section_4_1():
-    nets = train.Networks(Config(**TINY, lr_g=1e-2, lr_d=1e-2), "cpu")
+    nets = train.Networks(tiny(lr_g=1e-2, lr_d=1e-2), "cpu")
     for optimizer in (nets.opt_G, nets.opt_D):
         weight = optimizer.param_groups[0]["params"][0]
         # No momentum; 0.9: squares 0.1, then 0.9 * 0.1 + 0.1 * 4 = 0.49, over 1 - 0.9^2 = 0.19.
@@ -1293,13 +1340,13 @@ def test_logits_and_r1_are_float32_under_bfloat16(monkeypatch):
             seen.setdefault(name, set()).add(logits.dtype)
             return real(logits, *rest)
         monkeypatch.setattr(train, name, spy)
-    config, amp = Config(**TINY), torch.autocast("cpu", torch.bfloat16)
-    inside = []  # R1's D must not run in bfloat16 at all (C22)
+    config, amp = tiny(), torch.autocast("cpu", torch.bfloat16)
+    inside = []  # R1's D must not run in bfloat16 at all
     real = hallusr.Discriminator.forward
     monkeypatch.setattr(hallusr.Discriminator, "forward", lambda self, *given: (
         inside.append((given[0][0].requires_grad, torch.is_autocast_enabled("cpu"))),
         real(self, *given))[1])
-    train.training_step(train.Networks(config, "cpu"), torch.nn.L1Loss(), amp, config,
+    train.training_step(train.Networks(config, "cpu"), config, torch.nn.L1Loss(), amp,
                         levels(2, 3, 16, 16), *torch.randn(2, 2, 5, 4, 4), 0)
     assert seen == dict.fromkeys(seen, {torch.float32}) and len(seen) == 3
     assert (True, False) in inside and (False, True) in inside
@@ -1334,7 +1381,7 @@ def load_names(folder, *flags):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "stack", lambda faces, *_: kept.append({p.name for p in faces.paths}))
         arguments, _, _ = train.prepare(["--data", str(folder), *flags])
-        train.load_faces(arguments, Config(**TINY))
+        train.load_faces(arguments, tiny())
     return kept
 
 
@@ -1431,11 +1478,11 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     claims = []
     for second in range(2):
         monkeypatch.setattr(time, "strftime", lambda form: f"-{second}")
-        claims.append(str(train.Report.claim(train.Report, asked)))
+        claims.append(str(train.run_folder(asked)))
     assert claims == ["runs/mine-0", "runs/mine-1"]
     monkeypatch.setattr(Path, "exists", lambda path: False)  # both look before one has written
     with pytest.raises(FileExistsError, match="runs/mine-1/log.csv"):
-        train.Report.claim(train.Report, asked)
+        train.run_folder(asked)
 
 
 def test_a_folder_that_can_not_be_is_named_in_one_sentence(tmp_path, monkeypatch):
@@ -1454,8 +1501,7 @@ def test_programs_compute_float32_with_all_its_digits_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("module, writer, file", [
-    (torch, "save", "last.pt"), (Path, "write_text", "log.csv"),
-    (sample, "save_image", "grid.png")])
+    (torch, "save", "last.pt"), (sample, "save_image", "grid.png")])
 def test_a_full_disk_is_named_and_leaves_no_half_file(module, writer, file, tmp_path, monkeypatch):
     def full(*arguments, **options):
         for path in arguments:
@@ -1483,7 +1529,7 @@ def test_going_on_from_an_older_checkpoint_takes_another_folder(tmp_path):
 def test_the_log_starts_at_step_1_and_the_warm_up_is_spoken_of(tmp_path, monkeypatch, capsys):
     run_training(tmp_path / "run", "--warmup", "3", "--log-every", "100")
     printed = capsys.readouterr().out
-    assert re.search("^step 1 .* left of the warm-up, z means nothing yet  L_percp", printed, re.M)
+    assert re.search(r"^step 1 .* left  \(warm-up: z means nothing yet\)  L_percp", printed, re.M)
     sample.main(["--checkpoint", str(tmp_path / "run/last.pt"), "--out", str(tmp_path)])
     assert "last.pt: step 2 is within the warm-up of 3: z means" in capsys.readouterr().out
     run_training(tmp_path / "more", "--steps", "3", "--log-every", "100", "--val-every", "100")
@@ -1502,11 +1548,11 @@ def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
     monkeypatch.setattr(train.dist, "init_process_group", lambda *_: None)
     monkeypatch.setattr(train.dist, "get_world_size", lambda: 3)
     with pytest.raises(ValueError, match="batch 4 is no multiple of 3 processes"):
-        train.join_processes(SimpleNamespace(device="cpu"), Config(batch=4))
+        train.join_processes(SimpleNamespace(device="cpu"), tiny(batch=4))
 
 
 def test_a_step_that_asks_the_device_is_found(monkeypatch):
-    config = Config(**TINY)
+    config = tiny()
     monkeypatch.setattr(train, "diversity_loss", lambda g1, *_: g1.mean().item())
     with pytest.raises(RuntimeError, match="item"):
         one_step(train.Networks(config, "meta"), config, "meta", 1)
@@ -1519,7 +1565,7 @@ def test_photos_of_one_name_in_many_folders_are_split(tmp_path):
     kept = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "stack", lambda faces, *_: kept.append(set(faces.paths)))
-        train.load_faces(train.prepare(["--data", str(tmp_path)])[0], Config(**TINY))
+        train.load_faces(train.prepare(["--data", str(tmp_path)])[0], tiny())
     assert 0 < len(kept[1]) < 10 and len(kept[0] | kept[1]) == 40 and not kept[0] & kept[1]
 
 
@@ -1544,28 +1590,46 @@ def settings_of(words):
 
 
 def test_the_paper_preset_has_the_papers_numbers():
-    paper = dict(scale=8, blocks=8, d_blocks=8, gamma=10.0, beta=0.1, d_sr=1.0, alpha=1.0, eps=0.1,
+    paper = dict(scale=8, blocks=8, d_blocks=8, gamma=10.0, beta=0.1, alpha=1.0, eps=0.1 * 127.5,
                  tie=0.0, pixel=0.0, warmup=0, r1_every=1, lr_g=1e-4, fall=0.0, batch=8,
-                 z_shared=1.0, hard_consistency=False, explore="branch")
+                 z_shared=1.0, hard_consistency=False)
     config = settings_of("--data photos --preset paper")
-    assert {name: getattr(config, name) for name in paper} == paper
+    assert {name: getattr(config, name) for name in paper} == pytest.approx(paper)
+    assert settings_of("--preset paper") == config
 
 
-def test_every_setting_is_a_flag_that_overrides_the_preset(capsys):
-    for item in fields(Config):
-        assert re.match(r"open|section \d|Fig\. \d|\(\d+\)", item.metadata["source"])
-    config = settings_of("--data x --tie 0.5 --no-hard-consistency --widths 9 8 7 6")
-    assert (config.tie, config.hard_consistency, config.lr_g) == (0.5, False, 5e-4)
-    assert config.widths == (9, 8, 7, 6)
-    assert settings_of("--data x --preset paper") == Config()
-    recommended = [found.split()[0] for found in train.deviations(settings_of("--data x"))]
-    assert sorted(recommended) == ["beta", "d_blocks", "d_sr", "fall", "gamma", "hard_consistency",
-                                   "lr_d", "lr_g", "pixel", "r1_every", "tie", "warmup", "z_shared"]
-    drawn = settings_of("--alpha 3")
-    assert (drawn.perceptual, drawn.alpha, drawn.tie) == ("pixels", 3.0, 1.0)
+def test_a_preset_is_a_column_and_every_setting_a_flag(capsys):
+    for words, preset in (("", "drawn"), ("--data x", "photos"), ("--preset photos", "photos")):
+        assert asdict(settings_of(words)) == PRESETS[preset]
+    for name, *values, section, meaning in train.SETTINGS:
+        assert len({type(value) for value in values}) == 1, name
+        assert re.match(r"open|[234](\.\d)?|Fig\. \d|\(\d+\)", section) and meaning, name
+    config = settings_of("--data x --tie 0.5 --no-hard-consistency --width 9 --perceptual relu1_2")
+    assert (config.tie, config.hard_consistency, config.width) == (0.5, False, 9)
+    assert (config.perceptual, config.lr_g) == ("relu1_2", 5e-4)
+    assert settings_of("--data x --tie 0").tie == 0
     with pytest.raises(SystemExit) as ended:
         train.prepare(["--help"])
     assert ended.value.code == 0 and "--z-shared" in capsys.readouterr().out
+
+
+def test_the_table_of_settings_in_PAPER_md_is_the_one_in_train():
+    text = (HERE / "assets/PAPER.md").read_text()
+    found = [[cell.strip(" `") for cell in line.strip("|").split("|")]
+             for line in text[text.index("| setting |"):].splitlines()[2:]]
+    assert found == [[str(cell) for cell in row[:5]] for row in train.SETTINGS]
+
+
+@pytest.mark.parametrize("words, warmup", [
+    ("--data x", 3000), ("--data x --steps 5000", 2500), ("--data x --steps 300", 150),
+    ("--data x --steps 300 --warmup 300", 300), ("--steps 900", 450), ("", 600)])
+def test_a_short_run_has_a_short_warm_up(words, warmup):
+    assert settings_of(words).warmup == warmup
+
+
+def test_a_run_that_is_all_warm_up_says_so_first(tmp_path, capsys):
+    run_training(tmp_path, "--steps", "2", "--warmup", "2")
+    assert capsys.readouterr().out.startswith("WARNING: all 2 steps are warm-up, and z will mean")
 
 
 @pytest.mark.parametrize("half, full, chosen", [(1.0, 2.4, True), (2.0, 1.0, False),
@@ -1578,31 +1642,26 @@ def test_bfloat16_is_chosen_where_the_processor_is_faster_in_it(half, full, chos
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ("", []), ("--blocks 4", ["blocks 4 (paper: 8)"]),
-    ("--alpha 4 --eps 5 --batch 32", ["alpha 4 (paper: 1)", "eps 5 (paper: 0.1)",
-                                      "batch 32 (paper: 8)"]),
-    ("--r1-every 16 --ema 0", ["r1_every 16 (paper: 1)"]),
-    ("--hard-consistency --explore image", ["hard_consistency True (paper: False)",
-                                            "explore image (paper: branch)"]),
-    ("--perceptual relu3_3 --z-dim 4 --steps 9", []), ("--r1-gamma 0", ["r1_gamma 0 (paper: R1)"]),
-    ("--perceptual pixels --lr-d 1e-4", ["perceptual pixels (paper: a layer of VGG-16)",
-                                         "lr_d 0.0001 (paper: TTUR, another rate than G's)"])])
-def test_deviations_are_the_settings_that_the_print_gives_otherwise(flags, expected):
-    assert train.deviations(settings_of(f"--data x --preset paper {flags}")) == expected
+    ("", "nothing"), ("--blocks 4", "blocks 4 (8)"), ("--perceptual pixels --lr-d 1e-4",
+     "perceptual pixels (relu2_2), lr_d 0.0001 (0.0004)"),
+    ("--alpha 4 --batch 32 --hard-consistency", "hard_consistency True (False), alpha 4 (1), "
+     "batch 32 (8)")])
+def test_a_run_says_what_it_does_not_do_as_the_paper(flags, expected):
+    assert train.differences(settings_of(f"--data x --preset paper {flags}")) == expected
 
 
 def test_resume_takes_data_and_settings_from_the_run(tmp_path):
     run_training(tmp_path, "--alpha", "3")
     arguments, config, _ = train.prepare(["--resume", str(tmp_path / "last.pt"), "--steps", "7"])
     assert (config.alpha, config.steps, arguments.sketches) == (3.0, 7, 20)
-    assert train.Report.claim(train.Report, arguments) == tmp_path
+    assert train.run_folder(arguments) == tmp_path
 
 
 def test_training_does_not_go_on_from_what_is_no_run(tmp_path):
     content, path = run_training(tmp_path), tmp_path / "last.pt"
-    content["D"]["gradient.to_logits.bias"].fill_(math.nan)
+    content["D_g"]["to_logits.bias"].fill_(math.nan)
     torch.save(content, path)
-    with pytest.raises(ValueError, match="last.pt is spoiled: gradient.to_logits.bias holds NaN"):
+    with pytest.raises(ValueError, match="last.pt is spoiled: to_logits.bias holds NaN"):
         train.main(["--resume", str(path), "--steps", "7", "--device", "cpu"])
     hallusr.save_checkpoint(path, Generator(**G4))
     with pytest.raises(ValueError, match="last.pt holds a generator alone"):
@@ -1721,7 +1780,7 @@ def test_the_benchmark_prints_what_a_step_costs(workplace):
 
 def test_sample_writes_what_it_promises(workplace, monkeypatch, capsys):
     printed = run_here("python sample.py me.jpg --checkpoint runs/photos/last.pt --samples 3 "
-                       "--project --walk --out made", workplace, monkeypatch, capsys)
+                       "--walk --out made", workplace, monkeypatch, capsys)
     assert "LR of 8x8 pixels, from its centre square, resized to 32" in printed
     names = {path.name for path in (workplace / "made/me").iterdir()}
     assert names == {"grid.png", "lr.png", "sr.png", "hallucination_1.png", "hallucination_2.png",
@@ -1739,7 +1798,7 @@ def test_sample_writes_what_it_promises(workplace, monkeypatch, capsys):
 
 def test_a_sample_of_an_lr_file_shrinks_to_that_file(workplace, monkeypatch, capsys):
     printed = run_here("python sample.py small.png --lr --checkpoint runs/photos/last.pt "
-                       "--samples 2 --project --out made", workplace, monkeypatch, capsys)
+                       "--samples 2 --out made", workplace, monkeypatch, capsys)
     assert "LR of 8x8 pixels, as it is; learnt on 8x8" in printed
     made = hallusr.from_levels(sample.read_image(workplace / "made/small/hallucination_2.png"))
     lr = hallusr.from_levels(sample.read_image(workplace / "small.png"))
@@ -1770,10 +1829,6 @@ def test_flags_of_sampling_do_what_they_say(workplace, monkeypatch, capsys):
     still = sampled(workplace, monkeypatch, capsys, "--samples 2 --temperature 0")
     assert torch.equal(still["hallucination_1"], still["sr"])
     assert not torch.equal(plain["hallucination_1"], plain["sr"])
-    lr = hallusr.from_levels(sample.read_image(workplace / "small.png"))[None]
-    closer = sampled(workplace, monkeypatch, capsys, "--samples 2 --project")
-    assert (hallusr.lr_psnr(closer["hallucination_1"][None], lr)
-            > hallusr.lr_psnr(plain["hallucination_1"][None], lr) + 2)
 
 
 def test_samples_of_another_model_or_seed_do_not_stay_among_new_ones(
@@ -1807,8 +1862,9 @@ def test_evaluate_writes_json_with_every_row(workplace):
     assert said["evaluate"] == os.path.realpath(workplace / "photos") and said["samples"] == 2
     assert said["checkpoint"] == str(workplace / "runs/photos/last.pt") and said["seed"] == 0
     assert found["n"] == 2 and list(found["rows"]) == ["bicubic", "SR", "hallucination"]
-    assert {"psnr", "ssim", "lpips", "lr_psnr", "pixel_std",
-            "diversity"} == set(found["rows"]["hallucination"])
+    assert {"psnr", "ssim", "lpips", "lr_psnr", "pixel_std", "diversity", "spread", "outside",
+            "map"} == set(found["rows"]["hallucination"])
+    assert len(found["ranks"]) == 3 and sum(found["ranks"]) == pytest.approx(1)
 
 
 @needs_lpips
@@ -1854,7 +1910,7 @@ def test_mistakes_are_named(command, words, workplace, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command, words, expected", [
     ("python train.py --data nowhere --perceptual pixels", "^train.py: no folder .*nowhere$", 1),
-    ("python train.py --widths a b", "argument --widths: invalid int value: 'a'", 2),
+    ("python train.py --width a", "argument --width: invalid int value: 'a'", 2),
     ("python sample.py me.jpg --checkpoint me.jpg", "^sample.py: me.jpg is damaged or no", 1),
 ])
 def test_mistakes_end_with_one_sentence(command, words, expected, workplace):
