@@ -11,7 +11,7 @@ Training (section 4.1) is in train.py.
     I^HR        hr              (N, 3, H, W)       [-1, 1]; H = scale * h
     I^SR        sr              (N, 3, H, W)       about [-1, 1]: G's image at z = 0
     I^H_z       hallucination   (N, 3, H, W)       the same, at z ~ N(0, I)
-    g           gradient        (N, 3, H, W)       >= 0 of images, unbounded from G
+    g           gradient        (N, 3, H, W)       >= 0 of images, any from G
     z           z               (N, z_dim, h, w)   N(0, I) at every LR pixel, or zero
     DS          downscale       -> (N, 3, h, w)    box average
     F           excess          -> (N, 3, h, w)    grey levels by which LR is missed
@@ -91,7 +91,7 @@ def image_gradient(x: torch.Tensor) -> torch.Tensor:
     return (g_x.square() + g_y.square() + 1e-6).sqrt()      # (5)
 
 
-# How many modules of torchvision's VGG-16 end with the named ReLU.
+# The leading modules of torchvision's VGG-16, up to and including the named ReLU.
 VGG_LAYERS = {"relu1_2": 4, "relu2_2": 9, "relu3_3": 16, "relu4_3": 23}
 
 
@@ -202,7 +202,7 @@ def r1_penalty(logits: torch.Tensor, images: list[torch.Tensor]) -> torch.Tensor
     """R1: the squared slope of D at photographs, which keeps D smooth around them.
 
     logits (N, 1, h, w) that D gave for images, which had requires_grad set -> scalar.
-    Its weight is half of R1's own gamma, another than (10)'s.
+    Weigh it by half of R1's own gamma, which is not (10)'s.
     """
     # One number an image: for the sum, R1 would grow with the map of logits.
     per_image = logits.mean((1, 2, 3))                          # (N,)
@@ -345,8 +345,9 @@ class Generator(nn.Module):
     """G of (1) and (2): LR and z to an image and its gradient (Fig. 2).
 
     forward(lr (N, 3, h, w) in [-1, 1], z (N, z_dim, h, w)) returns lists, coarse to
-    fine: {"image": [(N, 3, 2h, 2w), ..., (N, 3, H, W)], "gradient": the same}. They are
-    unbounded. Any LR size goes in: `size` and `z_shared` say what it is trained for.
+    fine: {"image": [(N, 3, 2h, 2w), ..., (N, 3, H, W)], "gradient": the same}, or the
+    first `resolutions` of them. They are unbounded. Any LR size goes in: `size` and
+    `z_shared` say what it is trained for.
     Needs: ResidualBlock, UpBlock, channels_at, conv3x3, image_gradient, project_onto_lr.
     """
 
@@ -372,7 +373,7 @@ class Generator(nn.Module):
         self.up_blocks = nn.ModuleList(
             UpBlock(more, fewer) for more, fewer in zip(channels, channels[1:]))
 
-    def forward(self, lr, z):
+    def forward(self, lr, z, resolutions=None):
         require_images(lr, "lr", channels=3)
         expected = (len(lr), self.z_dim, *lr.shape[-2:])
         require(z.shape == expected, f"z must have shape {expected}, got {tuple(z.shape)}")
@@ -384,7 +385,7 @@ class Generator(nn.Module):
         image = lr                                              # (N, 3, h, w)
         gradient = image_gradient(lr)                           # (N, 3, h, w)
         made = {"image": [], "gradient": []}
-        for up_block in self.up_blocks:
+        for up_block in self.up_blocks[:resolutions]:
             features, image, gradient = up_block(features, image, gradient)
             if self.hard_consistency:
                 # Not in the paper: DS(image) = LR at once, so F has nothing to teach.

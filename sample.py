@@ -33,12 +33,13 @@ from hallusr import (LPIPS, Realism, diversity_score, downscale, draw_z, from_le
                      rank_histogram, require, sample, spread_and_error, ssim, std_map, to_levels,
                      upscale_nearest, whole_file)
 
-# ---- Photos -------------------------------------------------------------------------------------
+# ---- Photos --------------------------------------------------------------------------
 
 def read_image(path: str | Path) -> torch.Tensor:
-    """Any image file, upright, as uint8 RGB (3, H, W); 16-bit grey is rescaled to 8 bits.
+    """Any image file, upright, as uint8 RGB (3, H, W); 16-bit grey becomes 8-bit.
 
-    Raises ValueError, naming it, when it cannot be read, or has 32-bit values, of unknown range.
+    Raises ValueError, naming it, when it cannot be read, or has 32-bit values, of
+    unknown range.
     """
     try:
         with Image.open(path) as image:
@@ -66,10 +67,12 @@ def read_photo(path: str | Path, size: int) -> torch.Tensor:
 
 
 class FolderFaces(Dataset):
-    """Every image below a folder, centre-cropped and resized: (3, size, size) uint8 each.
+    """Every image below a folder, centre-cropped and resized:
 
-    A training run's grid.png, beside its last.pt, is passed over. Raises FileNotFoundError for a
-    missing folder or one without at least two images.
+    (3, size, size) uint8 each.
+
+    A training run's grid.png, beside its last.pt, is passed over. Raises
+    FileNotFoundError for a missing folder or one without at least two images.
     """
 
     def __init__(self, folder: str | Path, size: int):
@@ -99,19 +102,21 @@ def stack(dataset: Dataset, most: int | None = None) -> torch.Tensor:
     return faces
 
 
-# ---- Scores -------------------------------------------------------------------------------------
+# ---- Scores --------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips: LPIPS | None = None,
              realism: Realism | None = None, seed: int = 0, temperature: float = 1.0) -> dict:
-    """Table 1's rows for these images: {"bicubic" | "SR" | "hallucination": {metric: (N,)}}.
+    """Table 1's rows for these images: {"bicubic" | "SR" | "hallucination": {metric:
 
-    hr (N, 3, H, W) in [-1, 1]; LR is made from it, and z from seed. A hallucination's scores are
-    means over its samples. LPIPS and diversity come with `lpips`; `realism` gives one number for
-    all N images, of hallucinations the first of each.
+    (N,)}}.
+
+    hr (N, 3, H, W) in [-1, 1]; LR is made from it, and z from seed. A hallucination's
+    scores are means over its samples. LPIPS and diversity come with `lpips`; `realism`
+    gives one number for all N images, of hallucinations the first of each.
     """
     require(samples >= 1, f"samples must be 1 or more, got {samples}")
-    lr = quantize(downscale(hr, generator.scale))                          # (N, 3, h, w)
+    lr = quantize(downscale(hr, generator.scale))               # (N, 3, h, w)
     rng = torch.Generator().manual_seed(seed)
     shape = (samples, len(lr), generator.z_dim, *lr.shape[-2:])
     z = temperature * draw_z(shape, generator.settings["z_shared"], rng).to(hr.device)
@@ -130,7 +135,7 @@ def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips: LPIPS | None
 
 
 def evaluate_batch(generator, hr, lr, z, lpips=None) -> tuple[dict, dict]:
-    """`evaluate` for images that fit memory at once, z (K, N, z_dim, h, w): scores and images."""
+    """`evaluate` for a few images, z (K, N, z_dim, h, w): their scores, and images."""
     hallucinations = torch.stack([sample(generator, lr, latent) for latent in z])
     images = {"bicubic": quantize(upscale_bicubic(lr, generator.scale)),
               "SR": sample(generator, lr, torch.zeros_like(z[0])),
@@ -148,10 +153,10 @@ def evaluate_batch(generator, hr, lr, z, lpips=None) -> tuple[dict, dict]:
 
 
 def spread_scores(samples: torch.Tensor, hr: torch.Tensor) -> dict:
-    """How far samples (K, N, 3, H, W) differ from each other, against how far from the truth."""
+    """Do samples (K, N, 3, H, W) differ from each other as much as from the truth?"""
     variance, error = spread_and_error(samples, hr)
-    ranks = rank_histogram(samples, hr)                                    # (N, K + 1)
-    missed = (samples.mean(0) - hr).abs()                                  # (N, 3, H, W)
+    ranks = rank_histogram(samples, hr)                         # (N, K + 1)
+    missed = (samples.mean(0) - hr).abs()                       # (N, 3, H, W)
     return {"variance": variance, "error": error, "ranks": ranks,
             "outside": 100 * (ranks[:, 0] + ranks[:, -1]),
             "map": correlation(std_map(samples), missed)}
@@ -164,7 +169,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     a = a.flatten(1) - a.flatten(1).mean(1, keepdim=True)
     b = b.flatten(1) - b.flatten(1).mean(1, keepdim=True)
-    return torch.cosine_similarity(a, b, dim=1)                               # (N,)
+    return torch.cosine_similarity(a, b, dim=1)                 # (N,)
 
 
 def upscale_bicubic(lr: torch.Tensor, factor: int = 8) -> torch.Tensor:
@@ -174,7 +179,10 @@ def upscale_bicubic(lr: torch.Tensor, factor: int = 8) -> torch.Tensor:
 
 
 def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -> tuple:
-    """One image per face: {"psnr", "ssim", "lr_psnr"[, "lpips"]: (N,)} and LPIPS's map, or None."""
+    """One image per face: {"psnr", "ssim", "lr_psnr"[, "lpips"]:
+
+    (N,)} and LPIPS's map, or None.
+    """
     values = {"psnr": psnr(image, hr), "ssim": ssim(image, hr), "lr_psnr": lr_psnr(image, lr)}
     lpips_map = None
     if lpips is not None:
@@ -183,7 +191,10 @@ def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -
 
 
 def summarize(rows: dict) -> dict:
-    """Means of `evaluate` over images, as plain numbers. "spread": spread / error, 1 is right."""
+    """Means of `evaluate` over images, as plain numbers.
+
+    "spread": spread / error, 1 is right.
+    """
     summary = {}
     for row, metrics in rows.items():
         means = {name: values.mean().item() for name, values in metrics.items() if name != "ranks"}
@@ -200,7 +211,7 @@ def mean_decibel(db: torch.Tensor) -> torch.Tensor:
 
 
 def spread_out(length: int, most: int) -> list[int]:
-    """At most so many of range(length), evenly: neighbours in a folder are often of one kind."""
+    """At most so many of range(length), evenly: neighbours are often of one kind."""
     return [i * length // min(most, length) for i in range(min(most, length))]
 
 
@@ -235,7 +246,7 @@ def evaluate_folder(generator, arguments):
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(without_infinity(content), default=str))
-    print(f"written to {path}; the README says how each number is made")
+    print(f"written to {path}; assets/EXPERIMENTS.md says what each number is")
 
 
 def without_infinity(value):
@@ -245,29 +256,33 @@ def without_infinity(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# ---- Pictures -----------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------
 
 @torch.no_grad()
 def contact_sheet(generator, lr: torch.Tensor, z: torch.Tensor,
                   hr: torch.Tensor | None = None) -> torch.Tensor:
-    """One picture of all that G makes, two rows per face: images above, their gradients below.
+    """One picture of all that G makes: (3, height, width) in [0, 1].
 
-    lr (N, 3, h, w), z (K, z_dim, h, w), the same for every face, hr (N, 3, H, W) where it is known.
-    Columns: LR, bicubic, SR, K hallucinations, their standard deviation (white: 64 grey levels),
-    HR. (3, height, width) in [0, 1].
+    lr (N, 3, h, w), z (K, z_dim, h, w), the same for every face, hr (N, 3, H, W) where
+    it is known. Two rows per face: images, and their gradients below. Columns: LR,
+    bicubic, SR, K hallucinations, their deviation (white: 64 grey levels), HR.
     """
     latents = [torch.zeros_like(z[0]), *z]
     outputs = [generator(lr, latent.expand(len(lr), -1, -1, -1)) for latent in latents]
     made = [quantize(output["image"][-1]) for output in outputs]
     spread = std_map(torch.stack(made[1:])) / 64
-    enlarged = [upscale_nearest(lr, generator.scale), upscale_bicubic(lr, generator.scale)]
-    known = [] if hr is None else [hr]
-    above = [x / 2 + 0.5 for x in enlarged + made] + [spread] + [x / 2 + 0.5 for x in known]
-    below = [image_gradient(x) for x in enlarged]
-    below += [output["gradient"][-1] for output in outputs]  # G's own, not those of its images
-    below += [torch.zeros_like(spread)] + [image_gradient(x) for x in known]
-    tiles = torch.stack([torch.stack(above, 1), torch.stack(below, 1)], 1)  # (N, 2, columns, ...)
-    return make_grid(tiles.flatten(0, 2).clamp(0, 1), nrow=len(above), padding=1, pad_value=1.0)
+    nearest = upscale_nearest(lr, generator.scale)
+    bicubic = upscale_bicubic(lr, generator.scale)
+    above = [x / 2 + 0.5 for x in (nearest, bicubic, *made)] + [spread]
+    # Of what G makes, its own gradients, not those of its images.
+    below = [image_gradient(nearest), image_gradient(bicubic)]
+    below += [output["gradient"][-1] for output in outputs] + [torch.zeros_like(spread)]
+    if hr is not None:
+        above.append(hr / 2 + 0.5)
+        below.append(image_gradient(hr))
+    rows = [torch.stack(above, 1), torch.stack(below, 1)]       # (N, columns, 3, H, W)
+    tiles = torch.stack(rows, 1).flatten(0, 2).clamp(0, 1)      # (N*2*columns, 3, H, W)
+    return make_grid(tiles, nrow=len(above), padding=1, pad_value=1.0)
 
 
 def write_image(image: torch.Tensor, path: Path):
@@ -277,31 +292,38 @@ def write_image(image: torch.Tensor, path: Path):
 
 
 def low_resolution(path: str, generator, is_lr: bool, device: str) -> tuple:
-    """The LR image of a file, (1, 3, h, w) in [-1, 1], and HR where the file was a photo."""
+    """LR of a file (1, 3, h, w) in [-1, 1], and HR where the file was a photo."""
     size = generator.settings["size"]
-    if is_lr:
-        lr = from_levels(read_image(path))[None].to(device)
-        require(max(lr.shape[-2:]) <= size, f"{path} is {lr.shape[-1]}x{lr.shape[-2]} pixels"
-                f", LR has {size} at most: a photo goes without --lr")
-        return lr, None
-    hr = from_levels(read_photo(path, size))[None].to(device)
-    return quantize(downscale(hr, generator.scale)), hr
+    if not is_lr:
+        hr = from_levels(read_photo(path, size))[None].to(device)
+        return quantize(downscale(hr, generator.scale)), hr
+    lr = from_levels(read_image(path))[None].to(device)
+    height, width = lr.shape[-2:]
+    require(max(height, width) <= size, f"{path} is {width}x{height} pixels, LR has "
+                                        f"{size} at most: a photo goes without --lr")
+    return lr, None
 
 
 def write_samples(generator, path: str, arguments):
     """All files of one input, in a folder of its name."""
     lr, hr = low_resolution(path, generator, arguments.lr, arguments.device)
+    height, width = lr.shape[-2:]
     side = generator.settings["size"] // generator.scale
-    made = "as it is" if hr is None else f"from its centre square, resized to {hr.shape[-1]}"
-    print(f"{path}: LR of {lr.shape[-1]}x{lr.shape[-2]} pixels, {made}; learnt on {side}x{side}")
-    # One after another, the walk's two first: a larger --samples adds faces and changes none.
+    made = "as it is"
+    if hr is not None:
+        made = f"from its centre square, resized to {hr.shape[-1]}"
+    print(f"{path}: LR of {width}x{height} pixels, {made}; learnt on {side}x{side}")
+
+    # One z after another, the walk's two first: a larger --samples changes no face.
     rng = torch.Generator().manual_seed(arguments.seed)
-    shape = (1, generator.z_dim, *lr.shape[-2:])
-    z = torch.cat([draw_z(shape, generator.settings["z_shared"], rng)
-                   for _ in range(2 + arguments.samples)])
-    for_walk, z = (arguments.temperature * z.to(lr.device)).tensor_split([2])
+    shape = (1, generator.z_dim, height, width)
+    shared = generator.settings["z_shared"]
+    z = torch.cat([draw_z(shape, shared, rng) for _ in range(2 + arguments.samples)])
+    z = arguments.temperature * z.to(lr.device)
+    for_walk, z = z.tensor_split([2])
     latents = torch.cat([torch.zeros_like(z[:1]), z])
     samples = sample(generator, lr.expand(len(latents), -1, -1, -1), latents)
+
     names = ["sr"] + [f"hallucination_{k}" for k in range(1, len(latents))]
     images = dict(zip(names, samples.split(1)))
     for name, image in images.items():
@@ -311,28 +333,33 @@ def write_samples(generator, path: str, arguments):
     images["std"] = std_map(samples[1:, None]) / 32 - 1  # white: 64 grey levels
     folder = Path(arguments.out) / Path(path).stem
     folder.mkdir(parents=True, exist_ok=True)
+    # Those of another model or seed must not stand among these.
     for old in [*folder.glob("hallucination_*.png"), *folder.glob("walk.gif")]:
-        old.unlink()  # of another model or seed: they must not stand among these
+        old.unlink()
     for name, image in images.items():
         write_image((image[0] + 1) / 2, folder / f"{name}.png")
     write_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
     if arguments.walk:
         write_walk(generator, lr, *for_walk, folder / "walk.gif")
-    print(f"  written to {folder}/: {', '.join(images)}, grid{', walk' * arguments.walk}")
+    walk = ", walk" if arguments.walk else ""
+    print(f"  written to {folder}/: {', '.join(images)}, grid{walk}")
 
 
 def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
-    """A GIF along a closed path in z: around the circle that two noise vectors a and b span."""
+    """A GIF along a closed path in z: the circle that two noise vectors span."""
     # Every point of it is N(0, I) like any z; a straight line would pass near z = 0.
-    angles = torch.arange(frames, device=lr.device).view(-1, 1, 1, 1) * 2 * math.pi / frames
-    images = sample(generator, lr.expand(frames, -1, -1, -1), angles.cos() * a + angles.sin() * b)
+    angles = torch.arange(frames, device=lr.device) * 2 * math.pi / frames
+    angles = angles.view(-1, 1, 1, 1)
+    z = angles.cos() * a + angles.sin() * b                     # (frames, z_dim, h, w)
+    images = sample(generator, lr.expand(frames, -1, -1, -1), z)
     shown = to_levels(upscale_nearest(images, 3)).to(torch.uint8).cpu()
-    first, *rest = [v2.functional.to_pil_image(image) for image in shown]
+    pictures = [v2.functional.to_pil_image(image) for image in shown]
     with whole_file(path) as temporary:
-        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=80, loop=0)
+        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:],
+                         duration=80, loop=0)
 
 
-# ---- Command line -------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------
 
 def parse_arguments(words=None):
     """The command line, checked."""
@@ -370,19 +397,22 @@ def parse_arguments(words=None):
 
 
 def count(word: str) -> int:
-    """A positive whole number; argparse turns the ValueError into a sentence with this name."""
+    """A positive whole number. argparse makes a sentence of the ValueError."""
     require(int(word) > 0, f"{word} is not positive")
     return int(word)
 
 
 def span(words: str) -> slice:
-    """FROM:TO as a slice; either may be missing. argparse turns a ValueError into a sentence."""
+    """FROM:TO as a slice; either may be missing."""
     start, stop = words.split(":")
     return slice(int(start) if start else None, int(stop) if stop else None)
 
 
 def find_device(name: str) -> str:
-    """cpu or cuda; auto is cuda where there is one. Raises ValueError for a missing GPU."""
+    """cpu or cuda; auto is cuda where there is one.
+
+    Raises ValueError for a missing GPU.
+    """
     require(name != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no GPU here")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -390,8 +420,9 @@ def find_device(name: str) -> str:
 
 
 def run_as_script(main):
-    """main(), and for whatever a user can mend one sentence and an exit code, not a traceback."""
-    torch.backends.cudnn.allow_tf32 = False  # float32 (scores, R1) with all its digits on a GPU too
+    """main(), with one sentence in place of a traceback for what a user can mend."""
+    # float32 with all its digits on a GPU too: for scores, and for R1.
+    torch.backends.cudnn.allow_tf32 = False
     try:
         main()
         print(end="", flush=True)

@@ -193,6 +193,14 @@ def test_generator_shapes_at_every_scale(scale, channels, size, hard):
         assert exact == hard
 
 
+def test_a_generator_may_stop_at_a_coarse_resolution():
+    G, lr, z = Generator(**G4), levels(1, 3, 4, 4), torch.randn(1, 5, 4, 4)
+    whole, coarse = G(lr, z), G(lr, z, resolutions=1)
+    for domain in whole:
+        assert len(whole[domain]) == 2 and len(coarse[domain]) == 1
+        assert torch.equal(whole[domain][0], coarse[domain][0])
+
+
 def test_z_changes_every_pixel_block_of_the_image():
     G, lr, z = Generator(**G4), levels(1, 3, 4, 4), torch.randn(2, 1, 5, 4, 4)
     first, second = (G(lr, latent)["image"][-1] for latent in z)
@@ -713,7 +721,7 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: train.check_config(tiny(size=62)), "multiple of scale 4, got 62"),
     (lambda: train.check_config(tiny(tau=0.0)), "tau must be positive, got 0"),
     (lambda: train.check_config(tiny(ema=1.0)), "ema must be below 1, got 1"),
-    (lambda: train.check_config(tiny(lr_g=math.nan)), r"lr_g must be in \[0, .*got nan"),
+    (lambda: train.check_config(tiny(learning_rate_g=math.nan)), r"learning_rate_g must be in \[0, .*got nan"),
     (lambda: train.check_config(tiny(fall=1.5)), r"fall must be in \[0, 1\], got 1.5"),
     (lambda: train.check_config(tiny(batch=0)), r"batch must be in \[1, "),
     (lambda: train.check_config(tiny(d_blocks=0)), "blocks must be 1 or more, got 0"),
@@ -916,7 +924,7 @@ def test_a_resumed_run_goes_on_with_its_tables(tmp_path):
     assert [row["R1"] != "" for row in log] == [True, False] * 3  # where it was taken
 
 
-@pytest.mark.parametrize("frozen, moving", [("lr-g", ["D_I", "D_g"]), ("lr-d", ["G"])])
+@pytest.mark.parametrize("frozen, moving", [("learning-rate-g", ["D_I", "D_g"]), ("learning-rate-d", ["G"])])
 def test_each_step_moves_its_own_player(tmp_path, frozen, moving):
     content = run_training(tmp_path, f"--{frozen}", "1e-30")
     fresh = train.Networks(tiny(hard_consistency=True), "cpu")
@@ -968,20 +976,20 @@ def assert_left(module, gradients):
 
 @pytest.mark.parametrize("step, every, times", [(5, 1, 1), (7, 1, 1), (8, 4, 4), (7, 4, 0),
                                                 (4, 1, None)])  # the last is of the warm-up
-@pytest.mark.parametrize("beta", [0.5, 0.0])
-def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta):
+@pytest.mark.parametrize("beta, level", [(0.5, 2), (0.0, 1)])
+def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta, level):
     config = tiny(gamma=2.0, beta=beta, alpha=3.0, tie=3.0, pixel=5.0, eps=0.3, warmup=5,
-                  r1_gamma=6.0, r1_every=every, lr_g=1e-30, lr_d=1e-3)
+                  r1_gamma=6.0, r1_every=every, learning_rate_g=1e-30, learning_rate_d=1e-3, l_z_level=level)
     nets, playing, edges = train.Networks(config, "cpu"), times is not None, hallusr.image_gradient
     hr, z1, z2 = levels(2, 3, 16, 16), *torch.randn(2, 2, 5, 4, 4)
     lr = hallusr.quantize(hallusr.downscale(hr, 4))
-    made = sr, h1, h2 = [nets.G(lr, z) for z in (torch.zeros_like(z1), z1, z2)]
+    sr, h1, h2 = [nets.G(lr, z) for z in (torch.zeros_like(z1), z1, z2)]
     F = [hallusr.excess(x["image"][-1], lr, 0.3) for x in (sr, h1)]
     assert all((x > 0).any() for x in F)
     real = {"image": [hallusr.downscale(hr, 2), hr]}
     real["gradient"] = [edges(picture) for picture in real["image"]]
     l_z = torch.stack([(a - b).abs().mean() / ((y - z).abs().mean() + 1e-5) for a, b, y, z in
-                       zip(h1["gradient"][-1], h2["gradient"][-1], z1, z2)])
+                       zip(h1["gradient"][level - 1], h2["gradient"][level - 1], z1, z2)])
     config = replace(config, tau=l_z.mean().item())  # one of the two is cut
     Ds = {"image": nets.D_I, "gradient": nets.D_g}
     before, calls = copy.deepcopy(Ds), []
@@ -1009,8 +1017,8 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta)
     pixels = (sr["image"][-1] - hr).abs().mean()  # perceptual="pixels": (6) is the same
     loss = 2 * pixels + 5 * pixels
     loss = loss + 2 * (sr["gradient"][-1] - real["gradient"][-1]).abs().mean()
-    ties = [(x["gradient"][-1] - edges(x["image"][-1])).abs().mean() for x in made]
-    loss = loss + 3 * (sum(ties) / 3 if playing else ties[0])
+    ties = [(x["gradient"][-1] - edges(x["image"][-1])).abs().mean() for x in (sr, h1)]
+    loss = loss + 3 * (sum(ties) / 2 if playing else ties[0])
     if playing:
         loss = loss + beta * adversarial(sr, 0)                                     # (10)
         loss = loss + adversarial(h1, 1) - 3 * l_z.clamp(max=config.tau).mean()     # (11)
@@ -1045,13 +1053,18 @@ def test_the_best_row_since_the_warm_up_is_kept(marks, best, tmp_path, monkeypat
     assert saved == best
 
 
-def test_realism_decides_what_is_best_where_it_is_measured(tmp_path, monkeypatch):
-    values = iter([90.0, 70.0, 80.0])
+@pytest.mark.parametrize("scores, best", [
+    ([(90.0, 0.5), (70.0, 0.5), (80.0, 0.5)], 4),   # the best realism
+    ([(90.0, 0.5), (70.0, 0.3), (80.0, 0.5)], 6),   # 180, 233, 160: alike is no gain
+    ([(90.0, 1.0), (95.0, 1.5), (99.0, 1.5)], 2)])  # nor is more spread than the truth has
+def test_realism_and_spread_decide_what_is_best(scores, best, tmp_path, monkeypatch):
+    values = iter(scores)
     monkeypatch.setattr(train, "find_judges", lambda *_: {"realism": None})
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: None)
-    monkeypatch.setattr(train, "summarize", lambda _: {"hallucination": {"realism": next(values)}})
+    monkeypatch.setattr(train, "summarize", lambda _: {
+        "hallucination": dict(zip(("realism", "spread"), next(values))), "SR": {"psnr": 0.0}})
     run_training(tmp_path, "--steps", "6")
-    assert torch.load(tmp_path / "best.pt")["step"] == 4
+    assert torch.load(tmp_path / "best.pt")["step"] == best
 
 
 def test_scores_of_another_number_of_faces_do_not_decide_what_is_best(tmp_path, monkeypatch):
@@ -1130,7 +1143,8 @@ def test_it_learns_a_batch_by_heart(tmp_path):
     run_training(tmp_path / "run", "--data", str(tmp_path), "--val", str(tmp_path / "same"),
                  "--batch", "4",
                  "--steps", "200", "--width", "8", "--val-every", "200",
-                 "--log-every", "50", "--lr-g", "2e-3", "--lr-d", "2e-3", "--ema", "0.9")
+                 "--log-every", "50", "--learning-rate-g", "2e-3", "--learning-rate-d", "2e-3", "--ema", "0.9",
+                 "--alpha", "1", "--tau", "0.08", "--l-z-level", "2")
     row = {name: float(value) for name, value in table(tmp_path / "run/valid.csv")[-1].items()}
     assert row["SR_psnr"] > row["bicubic_psnr"] + 2
     assert row["hallucination_pixel_std"] > 0.5
@@ -1287,7 +1301,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_rates_fall_to_a_tenth_at_the_end():
-    config = tiny(lr_g=1.0, lr_d=2.0, fall=0.4, steps=100)
+    config = tiny(learning_rate_g=1.0, learning_rate_d=2.0, fall=0.4, steps=100)
     nets, rates = train.Networks(config, "cpu"), []
     for step in (0, 60, 80, 100):
         nets.set_learning_rates(config, step)
@@ -1322,7 +1336,7 @@ def test_settings_reach_the_networks():
 
 
 def test_adam_has_the_betas_of_section_4_1():
-    nets = train.Networks(tiny(lr_g=1e-2, lr_d=1e-2), "cpu")
+    nets = train.Networks(tiny(learning_rate_g=1e-2, learning_rate_d=1e-2), "cpu")
     for optimizer in (nets.opt_G, nets.opt_D):
         weight = optimizer.param_groups[0]["params"][0]
         # No momentum; 0.9: squares 0.1, then 0.9 * 0.1 + 0.1 * 4 = 0.49, over 1 - 0.9^2 = 0.19.
@@ -1529,7 +1543,7 @@ def test_going_on_from_an_older_checkpoint_takes_another_folder(tmp_path):
 def test_the_log_starts_at_step_1_and_the_warm_up_is_spoken_of(tmp_path, monkeypatch, capsys):
     run_training(tmp_path / "run", "--warmup", "3", "--log-every", "100")
     printed = capsys.readouterr().out
-    assert re.search(r"^step 1 .* left  \(warm-up: z means nothing yet\)  L_percp", printed, re.M)
+    assert re.search(r"^step 1 .* left of the warm-up, z means nothing yet  L_percp", printed, re.M)
     sample.main(["--checkpoint", str(tmp_path / "run/last.pt"), "--out", str(tmp_path)])
     assert "last.pt: step 2 is within the warm-up of 3: z means" in capsys.readouterr().out
     run_training(tmp_path / "more", "--steps", "3", "--log-every", "100", "--val-every", "100")
@@ -1591,7 +1605,7 @@ def settings_of(words):
 
 def test_the_paper_preset_has_the_papers_numbers():
     paper = dict(scale=8, blocks=8, d_blocks=8, gamma=10.0, beta=0.1, alpha=1.0, eps=0.1 * 127.5,
-                 tie=0.0, pixel=0.0, warmup=0, r1_every=1, lr_g=1e-4, fall=0.0, batch=8,
+                 tie=0.0, pixel=0.0, warmup=0, r1_every=1, learning_rate_g=1e-4, fall=0.0, batch=8,
                  z_shared=1.0, hard_consistency=False)
     config = settings_of("--data photos --preset paper")
     assert {name: getattr(config, name) for name in paper} == pytest.approx(paper)
@@ -1606,7 +1620,7 @@ def test_a_preset_is_a_column_and_every_setting_a_flag(capsys):
         assert re.match(r"open|[234](\.\d)?|Fig\. \d|\(\d+\)", section) and meaning, name
     config = settings_of("--data x --tie 0.5 --no-hard-consistency --width 9 --perceptual relu1_2")
     assert (config.tie, config.hard_consistency, config.width) == (0.5, False, 9)
-    assert (config.perceptual, config.lr_g) == ("relu1_2", 5e-4)
+    assert (config.perceptual, config.learning_rate_g) == ("relu1_2", 5e-4)
     assert settings_of("--data x --tie 0").tie == 0
     with pytest.raises(SystemExit) as ended:
         train.prepare(["--help"])
@@ -1642,8 +1656,8 @@ def test_bfloat16_is_chosen_where_the_processor_is_faster_in_it(half, full, chos
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ("", "nothing"), ("--blocks 4", "blocks 4 (8)"), ("--perceptual pixels --lr-d 1e-4",
-     "perceptual pixels (relu2_2), lr_d 0.0001 (0.0004)"),
+    ("", "nothing"), ("--blocks 4", "blocks 4 (8)"), ("--perceptual pixels --learning-rate-d 1e-4",
+     "perceptual pixels (relu2_2), learning_rate_d 0.0001 (0.0004)"),
     ("--alpha 4 --batch 32 --hard-consistency", "hard_consistency True (False), alpha 4 (1), "
      "batch 32 (8)")])
 def test_a_run_says_what_it_does_not_do_as_the_paper(flags, expected):

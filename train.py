@@ -36,38 +36,40 @@ from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism, c
 from sample import (FolderFaces, contact_sheet, count, evaluate, find_device, run_as_script,
                     spread_out, stack, summarize, write_image)
 
-# ---- Settings: a line each ----------------------------------------------------------------------
+# ---- Settings: a line each -----------------------------------------------------------
 
-# --preset chooses a column: the paper's; photos, with --data; drawn, for faces drawn here.
-# "open": the paper does not say, and its column holds our choice. The reasons: assets/PAPER.md.
+# --preset chooses a column: the paper's; photos, with --data; drawn, without. The
+# section is where the paper gives the value, or leaves no room for another; "open"
+# where it is silent, and its column is our choice. Reasons: assets/PAPER.md.
 SETTINGS = [
-    # name               paper   photos  drawn   section    meaning
-    ("size",             64,     64,     32,     "open",    "side of the large image, pixels"),
-    ("scale",            8,      8,      4,      "4.1",     "times that LR is smaller: a power of 2"),
-    ("width",            32,     32,     16,     "open",    "channels at full size, more at coarser"),
-    ("blocks",           8,      8,      2,      "Fig. 2",  "residual blocks in G"),
-    ("d_blocks",         8,      2,      2,      "3.2",     "residual blocks in each D"),
-    ("z_dim",            64,     4,      4,      "open",    "numbers in z"),
-    ("z_shared",         1.0,    0.7,    1.0,    "2",       "z from one vector (1) to a map (0)"),
-    ("hard_consistency", False,  True,   True,   "(9)",     "make DS(image) = LR inside G"),
-    ("eps",              12.75,  12.75,  12.75,  "4.2",     "F ignores so many grey levels"),
-    ("perceptual",       "relu2_2", "relu3_3", "pixels", "open", "VGG-16 layer of (6), or pixels"),
-    ("gamma",            10.0,   2.0,    10.0,   "4.1",     "weight of (6) and (7) in (10)"),
-    ("beta",             0.1,    0.0,    0.1,    "4.1",     "weight of z = 0 in both players' L_adv"),
-    ("alpha",            1.0,    1.0,    5.0,    "4.1",     "weight of L_z (8) in (11)"),
-    ("tau",              1.0,    0.08,   0.02,   "open",    "ceiling of L_z (8)"),
-    ("tie",              0.0,    1.0,    1.0,    "2.3",     "weight of |g - gradient of I|"),
-    ("pixel",            0.0,    10.0,   0.0,    "2.3",     "weight of L1 on pixels at z = 0"),
-    ("warmup",           0,      3000,   600,    "2.3",     "first steps: G alone, at z = 0"),
-    ("r1_gamma",         10.0,   1.0,    1.0,    "open",    "weight of R1, not (10)'s gamma"),
-    ("r1_every",         1,      16,     16,     "2.3",     "steps from one R1 to the next"),
-    ("lr_g",             1e-4,   5e-4,   1e-3,   "4.1",     "Adam's learning rate for G"),
-    ("lr_d",             4e-4,   5e-4,   1e-3,   "open",    "Adam's learning rate for D_I and D_g"),
-    ("fall",             0.0,    0.33,   0.4,    "4.1",     "last share of steps: rates fall"),
-    ("ema",              0.999,  0.999,  0.999,  "open",    "decay of the running average of G"),
-    ("batch",            8,      8,      8,      "4.1",     "faces per step"),
-    ("steps",            100_000, 100_000, 2500, "open",    "training steps"),
-    ("seed",             0,      0,      0,      "open",    "seed of weights, batches and noise"),
+    # name               paper  photos drawn  section   meaning
+    ("size",             64,    64,    32,    "open",   "side of the large image, pixels"),
+    ("scale",            8,     8,     4,     "4.1",    "times that LR is smaller: a power of 2"),
+    ("width",            32,    32,    16,    "open",   "channels at full size, more at coarser"),
+    ("blocks",           8,     8,     2,     "Fig. 2", "residual blocks in G"),
+    ("d_blocks",         8,     2,     2,     "3.2",    "residual blocks in each D"),
+    ("z_dim",            64,    4,     4,     "open",   "numbers in z"),
+    ("z_shared",         1.0,   0.7,   1.0,   "2",      "z from one vector (1) to a map (0)"),
+    ("hard_consistency", False, True,  True,  "(9)",    "make DS(image) = LR inside G"),
+    ("eps",              12.75, 12.75, 12.75, "4.2",    "F ignores so many grey levels"),
+    ("perceptual",       "relu2_2", "relu3_3", "pixels", "open",   "VGG-16 layer of (6), or pixels"),
+    ("gamma",            10.0,  2.0,   10.0,  "4.1",    "weight of (6) and (7) in (10)"),
+    ("beta",             0.1,   0.0,   0.1,   "4.1",    "weight of z = 0 in both players' L_adv"),
+    ("alpha",            1.0,   4.0,   5.0,   "4.1",    "weight of L_z (8) in (11)"),
+    ("tau",              1.0,   1.0,   0.02,  "open",   "ceiling of L_z (8)"),
+    ("l_z_level",        3,     1,     2,     "open",   "resolution (8) compares: 1 the coarsest"),
+    ("tie",              0.0,   1.0,   1.0,   "2.3",    "weight of |g - gradient of I|"),
+    ("pixel",            0.0,   10.0,  0.0,   "2.3",    "weight of L1 on pixels at z = 0"),
+    ("warmup",           0,     3000,  600,   "2.3",    "first steps: G alone, at z = 0"),
+    ("r1_gamma",         10.0,  1.0,   1.0,   "open",   "weight of R1, not (10)'s gamma"),
+    ("r1_every",         1,     16,    16,    "2.3",    "steps from one R1 to the next"),
+    ("learning_rate_g",  1e-4,  5e-4,  1e-3,  "4.1",    "Adam's learning rate for G"),
+    ("learning_rate_d",  4e-4,  5e-4,  1e-3,  "open",   "Adam's learning rate for D_I and D_g"),
+    ("fall",             0.0,   0.33,  0.4,   "4.1",    "last share of steps: rates fall"),
+    ("ema",              0.999, 0.999, 0.999, "open",   "decay of the running average of G"),
+    ("batch",            8,     8,     8,     "4.1",    "faces per step"),
+    ("steps",            100_000, 100_000, 2500,  "open",   "training steps"),
+    ("seed",             0,     0,     0,     "open",   "seed of weights, batches and noise"),
 ]
 PRESETS = {preset: {row[0]: row[column] for row in SETTINGS}
            for column, preset in enumerate(("paper", "photos", "drawn"), 1)}
@@ -83,66 +85,76 @@ def differences(config: Config) -> str:
     return ", ".join(changed) or "nothing"
 
 
-# ---- One step -----------------------------------------------------------------------------------
+# ---- One step ------------------------------------------------------------------------
 
 def training_step(nets, config, perceptual, autocast, hr, z1, z2, step: int) -> dict:
     """One step of both discriminators, then one of G. Returns tensors for the log.
 
-    hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w).
+    hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w); nets: Networks; perceptual:
+    (6); autocast: bfloat16 or not; step counts from 0.
     """
-    # LR is rounded, as a file is: otherwise the true image would have F > 0, and D_I would see it.
-    lr = quantize(downscale(hr, config.scale))                             # (B, 3, h, w)
+    # LR is rounded, as a file is.
+    lr = quantize(downscale(hr, config.scale))                  # (B, 3, h, w)
     images = pyramid(hr, len(nets.G.up_blocks))
     real = {"image": images, "gradient": [image_gradient(image) for image in images]}
     if step < config.warmup:
         return warmup_step(nets, config, perceptual, autocast, hr, lr, real)
 
-    # G once, for three z of each face: (1) at z = 0, (2) at z1 and at z2.
-    z = torch.cat([torch.zeros_like(z1), z1, z2])                          # (3B, z_dim, h, w)
+    # The lists are of all resolutions, coarse to fine; [-1] is the finest, (B, 3, H,
+    # W).
     with autocast:
-        made = nets.G(lr.repeat(3, 1, 1, 1), z)
-    sr, h1, h2 = split_in_three(made)  # {"image", "gradient"}: lists of (B, 3, ., .), each
-    F_sr = excess(sr["image"][-1], lr, config.eps)                         # (12)  (B, 3, h, w)
-    F_h = excess(h1["image"][-1], lr, config.eps)                          # (12)  (B, 3, h, w)
+        sr = nets.G(lr, torch.zeros_like(z1))                   # (1)
+        h1 = nets.G(lr, z1)                                     # (2)
+        h2 = nets.G(lr, z2, config.l_z_level)                   # (2), as far as (8) needs
+    F_sr = excess(sr["image"][-1], lr, config.eps)              # (12)  (B, 3, h, w)
+    F_h = excess(h1["image"][-1], lr, config.eps)               # (12)  (B, 3, h, w)
     F_real = torch.zeros_like(F_h)  # a photograph shrinks to its own LR exactly
 
-    # D step: tell photographs from hallucinations. z2 is never judged, it serves (8) alone.
+    # D step: tell photographs from hallucinations. z2 serves (8) alone.
     on_real = judge(nets, autocast, real, F_real)
     on_h = judge(nets, autocast, detached(h1), F_h.detach())
-    loss_D = sum(discriminator_loss(on_real[domain], on_h[domain]) for domain in on_real)
-    if config.beta:  # D weighs the reconstruction as (10) does for G
+    terms = {"D_image_real": on_real["image"], "D_image_fake": on_h["image"],
+             "D_gradient_real": on_real["gradient"], "D_gradient_fake": on_h["gradient"]}
+    loss_D = of_both(discriminator_loss, on_real, on_h)
+    if config.beta:
+        # D weighs the reconstruction as (10) does for G.
         on_sr = judge(nets, autocast, detached(sr), F_sr.detach())
-        against_sr = sum(discriminator_loss(on_real[domain], on_sr[domain]) for domain in on_real)
+        against_sr = of_both(discriminator_loss, on_real, on_sr)
         loss_D = (loss_D + config.beta * against_sr) / (1 + config.beta)
-    terms = {f"D_{domain}_real": on_real[domain] for domain in on_real}
-    terms |= {f"D_{domain}_fake": on_h[domain] for domain in on_h}
-    if step % config.r1_every == 0:  # seldom, and then with the weight of all steps
-        r1 = r1_of_both(nets, real, F_real)
-        loss_D = loss_D + config.r1_every * config.r1_gamma / 2 * r1
-        terms["R1"] = r1
+    if step % config.r1_every == 0:
+        # Seldom, and then with the weight of all steps.
+        terms["R1"] = r1_of_both(nets, real, F_real)
+        loss_D = loss_D + config.r1_every * config.r1_gamma / 2 * terms["R1"]
     update(nets.opt_D, loss_D)
 
-    # G step, against the D just improved. Ask D again: this time the slope goes on into G.
+    # G step, against the D just improved: ask it again, with a slope that reaches G.
     on_h = judge(nets, autocast, h1, F_h)
-    adv_sr = {"image": 0.0, "gradient": 0.0}
+    g1 = h1["gradient"][:config.l_z_level][-1]
+    g2 = h2["gradient"][-1]
+    l_z = diversity_loss(g1, g2, z1, z2, config.tau)            # (8)
+    halluc = hallucination_loss(generator_loss(on_h["gradient"]),
+                                generator_loss(on_h["image"]),
+                                l_z, config.alpha)              # (11)
+    adv_g = adv_i = 0.0
     if config.beta:
         on_sr = judge(nets, autocast, sr, F_sr)
-        adv_sr = {domain: generator_loss(on_sr[domain]) for domain in on_sr}
-    l_z = diversity_loss(h1["gradient"][-1], h2["gradient"][-1], z1, z2, config.tau)
+        adv_g = generator_loss(on_sr["gradient"])
+        adv_i = generator_loss(on_sr["image"])
     fit = distances(perceptual, autocast, sr, hr, real)
-    tie = sum(gradient_error(output) for output in (sr, h1, h2)) / 3
-    recons = reconstruction_loss(fit["L_percp"], fit["L_grad"], adv_sr["gradient"],
-                                 adv_sr["image"], config.gamma, config.beta)
-    halluc = hallucination_loss(generator_loss(on_h["gradient"]), generator_loss(on_h["image"]),
-                                l_z, config.alpha)
-    # The last two are not in the paper.
-    update(nets.opt_G, recons + halluc + config.pixel * fit["L_pixel"] + config.tie * tie)
-    moved = 127.5 * (h1["image"][-1] - h2["image"][-1]).abs()
+    recons = reconstruction_loss(fit["L_percp"], fit["L_grad"], adv_g, adv_i,
+                                 config.gamma, config.beta)     # (10)
+    tie = (gradient_error(sr) + gradient_error(h1)) / 2
+    extra = config.pixel * fit["L_pixel"] + config.tie * tie    # not in the paper
+    update(nets.opt_G, recons + halluc + extra)
+    moved = 127.5 * (h1["image"][-1] - sr["image"][-1]).abs()   # grey levels
     return terms | fit | {"L_z": l_z, "tie": tie, "F": F_h, "image_moves": moved}
 
 
 def warmup_step(nets, config, perceptual, autocast, hr, lr, real) -> dict:
-    """A step of G alone, at z = 0: (10) without L_adv. D is not asked, z means nothing yet."""
+    """A step of G alone, at z = 0:
+
+    (10) without L_adv. D is not asked, z means nothing yet.
+    """
     nothing = torch.zeros(len(lr), nets.G.z_dim, *lr.shape[-2:], device=lr.device)
     with autocast:
         sr = nets.G(lr, nothing)
@@ -154,11 +166,16 @@ def warmup_step(nets, config, perceptual, autocast, hr, lr, real) -> dict:
 
 
 def judge(nets, autocast, pictures: dict, F: torch.Tensor) -> dict:
-    """Logits (B, 1, h, w) of D_I, which is told F (section 3.1), and of D_g, which is not."""
+    """Logits (B, 1, h, w) of D_I, which is told F (section 3.1), and of D_g."""
     with autocast:
         logits = {"image": nets.D_I(pictures["image"], F),
                   "gradient": nets.D_g(pictures["gradient"])}
     return {domain: logits[domain].float() for domain in logits}
+
+
+def of_both(loss, on_real: dict, on_fake: dict) -> torch.Tensor:
+    """D_I's loss and D_g's."""
+    return sum(loss(on_real[domain], on_fake[domain]) for domain in on_real)
 
 
 def r1_of_both(nets, real: dict, F_real: torch.Tensor) -> torch.Tensor:
@@ -166,12 +183,12 @@ def r1_of_both(nets, real: dict, F_real: torch.Tensor) -> torch.Tensor:
     leaves = {domain: [picture.detach().requires_grad_() for picture in real[domain]]
               for domain in real}
     logits = judge(nets, contextlib.nullcontext(), leaves, F_real)
-    return sum(r1_penalty(logits[domain], leaves[domain]) for domain in leaves)
+    return sum(r1_penalty(logits[domain], leaves[domain]) for domain in logits)
 
 
 def distances(perceptual, autocast, sr: dict, hr, real: dict) -> dict:
     """How far the reconstruction is from the truth: (6), (7), and L1 on pixels."""
-    image = sr["image"][-1]                                                # (B, 3, H, W)
+    image = sr["image"][-1]                                     # (B, 3, H, W)
     with autocast:
         l_percp = perceptual(image, hr)
     return {"L_percp": l_percp,                                            # (6)
@@ -184,12 +201,6 @@ def gradient_error(made: dict) -> torch.Tensor:
     return gradient_loss(made["gradient"][-1], image_gradient(made["image"][-1]))
 
 
-def split_in_three(made: dict) -> list[dict]:
-    """What G made of three stacked batches, apart again."""
-    return [{domain: [picture.chunk(3)[part] for picture in made[domain]] for domain in made}
-            for part in range(3)]
-
-
 def detached(made: dict) -> dict:
     """The same pictures, through which nothing flows back into G."""
     return {domain: [picture.detach() for picture in made[domain]] for domain in made}
@@ -199,7 +210,7 @@ def update(optimizer, loss: torch.Tensor):
     """One step of one player down its loss, averaged over all processes."""
     weights = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
-    # Gradients for this player's weights alone: the other stands still, whatever the loss passes.
+    # Only this player's weights get gradients, though the loss runs through the other.
     loss.backward(inputs=weights)
     if dist.is_initialized():
         for weight in weights:
@@ -209,14 +220,18 @@ def update(optimizer, loss: torch.Tensor):
 
 
 class Networks:
-    """All that training changes: G, its running average, D_I, D_g and the two optimisers."""
+    """All that training changes:
+
+    G, its running average, D_I, D_g and the two optimisers.
+    """
 
     def __init__(self, config, device):
         torch.manual_seed(config.seed)
-        self.G = Generator(config.size, config.scale, config.z_dim, config.z_shared, config.width,
-                           config.blocks, config.hard_consistency)
+        self.G = Generator(config.size, config.scale, config.z_dim, config.z_shared,
+                           config.width, config.blocks, config.hard_consistency)
         self.ema = copy.deepcopy(self.G).requires_grad_(False)
-        self.D_I = Discriminator(config.width, config.scale, config.d_blocks, condition_channels=3)
+        self.D_I = Discriminator(config.width, config.scale, config.d_blocks,
+                                 condition_channels=3)
         self.D_g = Discriminator(config.width, config.scale, config.d_blocks)
         for network in (self.G, self.ema, self.D_I, self.D_g):
             # The layout in which convolutions are fastest.
@@ -224,15 +239,16 @@ class Networks:
         # Section 4.1: beta_1 = 0. With momentum each player would overshoot the other.
         options = dict(betas=(0.0, 0.9), fused=device != "meta")
         self.opt_G = torch.optim.Adam(self.G.parameters(), **options)
-        self.opt_D = torch.optim.Adam([*self.D_I.parameters(), *self.D_g.parameters()], **options)
+        both = [*self.D_I.parameters(), *self.D_g.parameters()]
+        self.opt_D = torch.optim.Adam(both, **options)
         self.set_learning_rates(config, 0)
 
     def set_learning_rates(self, config, step: int):
         """Adam's rates: over the last share `fall` of the steps they fall to a tenth."""
         left = 1 - step / config.steps
         factor = 0.1 ** (1 - left / config.fall) if left < config.fall else 1.0
-        self.opt_G.param_groups[0]["lr"] = factor * config.lr_g
-        self.opt_D.param_groups[0]["lr"] = factor * config.lr_d
+        self.opt_G.param_groups[0]["lr"] = factor * config.learning_rate_g
+        self.opt_D.param_groups[0]["lr"] = factor * config.learning_rate_d
 
     @torch.no_grad()
     def update_ema(self, decay: float, step: int):
@@ -255,7 +271,7 @@ class Networks:
         self.opt_D.load_state_dict(content["opt_D"])
 
 
-# ---- The loop -----------------------------------------------------------------------------------
+# ---- The loop ------------------------------------------------------------------------
 
 def train(config, arguments, perceptual, faces, valid, content: dict | None = None):
     """Train until config.steps or Ctrl-C; `content` is the checkpoint to go on from."""
@@ -264,7 +280,8 @@ def train(config, arguments, perceptual, faces, valid, content: dict | None = No
     if content:
         nets.load(content, arguments.resume)
         start = content["step"]
-    # Under torchrun every process takes its share of each batch, and the first one reports.
+    # Under torchrun every process takes its share of each batch, and the first one
+    # reports.
     rank = dist.get_rank() if dist.is_initialized() else 0
     world = dist.get_world_size() if dist.is_initialized() else 1
     report = Report(config, arguments, nets, faces, valid, content) if rank == 0 else None
@@ -304,13 +321,16 @@ def batch_at(faces: torch.Tensor, config, step: int, device) -> tuple:
     return from_levels(hr.to(device)), z1.to(device), z2.to(device)
 
 
-# ---- Faces: drawn, or from a folder; both end as one uint8 tensor (N, 3, size, size) ------------
+# ---- Faces: drawn, or from a folder; both end as one uint8 tensor (N, 3, size, size) -
 
 def draw_faces(random: torch.Tensor, size: int) -> torch.Tensor:
-    """Drawn faces from random (N, 11) in [0, 1]: (N, 3, size, size) on 8-bit levels of [-1, 1].
+    """Drawn faces from random (N, 11) in [0, 1]:
 
-    The last two columns, above a half for yes, are smile and glasses. Both are hidden from LR:
-    shrunk to 8x8 or 4x4, faces that differ in nothing else are equal, up to one grey level.
+    (N, 3, size, size) on 8-bit levels of [-1, 1].
+
+    The last two columns, above a half for yes, are smile and glasses. Both are hidden
+    from LR: shrunk to 8x8 or 4x4, faces that differ in nothing else are equal, up to
+    one grey level.
     """
     require(size % 8 == 0, f"drawn faces need a size that is a multiple of 8, got {size}")
     # Lengths are in eighths of the side; x and y are the centres of pixels.
@@ -334,7 +354,7 @@ def draw_faces(random: torch.Tensor, size: int) -> torch.Tensor:
     skin = tone * colour(0.72, 0.72, 0.68) + colour(-0.3, -0.5, -0.65)
     hair = r[:, 7:8] * colour(1.2, 0.9, 0.4) - 0.85
     width = 2.5 + 0.4 * r[:, 8:9]
-    image = (1.6 * r[:, :3] - 0.8).expand(-1, 3, size, size)                # the background
+    image = (1.6 * r[:, :3] - 0.8).expand(-1, 3, size, size)    # the background
     image = paint(image, hair, ellipse(4, 3.6, width + 0.45, 3.3))
     image = paint(image, skin, ellipse(4, 4.2, width, 3.4) * inside(2.3 - y))
     image = paint(image, black, ellipse(3, 4, 0.2, 0.3) + ellipse(5, 4, 0.2, 0.3))
@@ -345,7 +365,8 @@ def draw_faces(random: torch.Tensor, size: int) -> torch.Tensor:
     lips = torch.maximum((y - 5.5 - bend).abs() - 0.2, (x - 4).abs() - 1.5)
     image = paint(image, colour(0.1, -0.9, -0.8), inside(lips))
 
-    # Glasses: two frames of 2x2 blocks each and a bridge. Then every block gets its mean back.
+    # Glasses: two frames of 2x2 blocks each and a bridge. Then every block gets its
+    # mean back.
     lens = torch.maximum(((x - 4).abs() - 1.05).abs(), (y - 4).abs()) - 0.75
     frame = inside(lens.abs() - 0.14)
     bridge = inside(torch.maximum((y - 4).abs() - 0.1, (x - 4).abs() - 0.3))
@@ -366,7 +387,8 @@ def load_faces(arguments, config) -> tuple[torch.Tensor, torch.Tensor]:
     train = FolderFaces(arguments.data, config.size)
     valid = FolderFaces(arguments.val or arguments.data, config.size)
     if not arguments.val:
-        # Held out by a hash of the path: a photo that joins the folder later moves no other.
+        # Held out by a hash of the path: a photo that joins the folder later moves no
+        # other.
         number = {path: zlib.crc32(bytes(path.relative_to(arguments.data))) for path in train.paths}
         valid.paths = [path for path, n in number.items() if n % 20 == 0]
         valid.paths = valid.paths or [min(number, key=number.get)]  # of a small folder, one
@@ -376,7 +398,7 @@ def load_faces(arguments, config) -> tuple[torch.Tensor, torch.Tensor]:
     return stack(train), stack(valid, arguments.val_faces)
 
 
-# ---- Reporting: log, validation, pictures, checkpoints ------------------------------------------
+# ---- Reporting: log, validation, pictures, checkpoints -------------------------------
 
 LOG_COLUMNS = ["step", "images_per_s", "D_image_real", "D_image_fake", "D_gradient_real",
                "D_gradient_fake", "R1", "F", "L_percp", "L_grad", "L_pixel", "L_z", "image_moves",
@@ -384,7 +406,7 @@ LOG_COLUMNS = ["step", "images_per_s", "D_image_real", "D_image_fake", "D_gradie
 
 
 class Report:
-    """All that happens beside the loop. It waits for the device only when a line is due."""
+    """All that happens beside the loop. It asks the device only when a line is due."""
 
     def __init__(self, config, arguments, nets: Networks, faces, valid, content):
         self.config = config
@@ -409,7 +431,7 @@ class Report:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def print(self, text: str):
-        """Print; where nobody reads any more (`| head`), save and stop in place of a traceback."""
+        """Print; where nobody reads any more (`| head`), save and stop."""
         try:
             print(text, flush=True)
         except BrokenPipeError:
@@ -433,7 +455,10 @@ class Report:
         return finished
 
     def log(self):
-        """One line and one CSV row. Raises FloatingPointError, naming the term, at NaN or Inf."""
+        """One line and one CSV row.
+
+        Raises FloatingPointError, naming the term, at NaN or Inf.
+        """
         # Means over the steps since the last line, where a step has the term.
         means = {name: torch.stack(values).mean().item() for name, values in self.terms.items()}
         weights = [*self.nets.G.parameters(), *self.nets.opt_D.param_groups[0]["params"]]
@@ -444,11 +469,15 @@ class Report:
                                          "no file changed")
         seconds = time.time() - self.since
         images_per_s = self.count * self.config.batch / seconds
-        minutes = seconds / self.count * (self.config.steps - self.step) / 60
-        warming = "  (warm-up: z means nothing yet)" if self.step < self.config.warmup else ""
+        # Steps of the warm-up are faster: they tell nothing of those after it.
+        end = self.config.steps
+        left = "left"
+        if self.step < self.config.warmup:
+            end = min(end, self.config.warmup)
+            left = "left of the warm-up, z means nothing yet"
+        minutes = seconds / self.count * (end - self.step) / 60
         text = "".join(f"  {name} {means[name]:.3g}" for name in LOG_COLUMNS if name in means)
-        self.print(f"step {self.step}  {images_per_s:.1f} images/s  {minutes:.1f} min left"
-                   f"{warming}{text}")
+        self.print(f"step {self.step}  {images_per_s:.1f} images/s  {minutes:.1f} min {left}{text}")
         row = {"step": self.step, "images_per_s": images_per_s} | means
         append_row(self.out / "log.csv", row, LOG_COLUMNS)
         self.terms = {}
@@ -466,8 +495,12 @@ class Report:
             table |= {f"{name}_{score}": value for score, value in scores.items()}
         append_row(self.out / "valid.csv", table, list(table))
         self.draw_grid()
-        # Realism is of z's images; without its weights the reconstruction has to decide.
-        score = -table["hallucination_realism"] if self.judges else table["SR_psnr"]
+        # Realism alone is bought with samples all alike, spread alone with torn faces.
+        # Without VGG's weights the reconstruction has to decide.
+        score = table["SR_psnr"]
+        if self.judges:
+            spread = min(table["hallucination_spread"], 1)
+            score = -table["hallucination_realism"] / spread
         if self.step > self.config.warmup and self.beats_best(score):
             self.best = (score, len(self.valid))
             self.save("best.pt")
@@ -510,7 +543,10 @@ class Report:
 
 
 def run_folder(arguments) -> Path:
-    """The folder of results, this run's alone. Raises ValueError where another run is."""
+    """The folder of results, this run's alone.
+
+    Raises ValueError where another run is.
+    """
     home = arguments.resume and Path(arguments.resume).parent
     if home and home.resolve() == Path(arguments.out or home).resolve():
         return home
@@ -525,7 +561,10 @@ def run_folder(arguments) -> Path:
 
 
 def append_row(path: Path, row: dict, columns: list[str]):
-    """One more line of a CSV table. A table that can not be written is no reason to stop."""
+    """One more line of a CSV table.
+
+    A table that can not be written is no reason to stop.
+    """
     try:
         new = not path.exists() or path.stat().st_size == 0
         with open(path, "a", newline="") as file:
@@ -550,11 +589,13 @@ def find_judges(arguments, photographs: torch.Tensor) -> dict:
         return {}
 
 
-# ---- Calibration: of drawn faces it is known what fits an LR ------------------------------------
+# ---- Calibration: of drawn faces it is known what fits an LR -------------------------
 
 def possibilities(count: int, size: int, seed: int = 2) -> torch.Tensor:
-    """The four faces behind each LR (4, count, 3, size, size): both smile and glasses, smile alone,
-    glasses alone, neither."""
+    """The four faces behind each LR: (4, count, 3, size, size).
+
+    In this order: smile and glasses, smile alone, glasses alone, neither.
+    """
     shared = torch.rand(count, 9, generator=torch.Generator().manual_seed(seed))
     kinds = torch.tensor([[1, 1], [1, 0], [0, 1], [0, 0]])
     return torch.stack([draw_faces(torch.cat([shared, kind.expand(count, 2)], 1), size)
@@ -564,15 +605,16 @@ def possibilities(count: int, size: int, seed: int = 2) -> torch.Tensor:
 def calibration(samples: torch.Tensor, sr: torch.Tensor, truth: torch.Tensor) -> dict:
     """Do samples (K, N, 3, H, W) show the four possibilities (4, N, 3, H, W) of each LR?
 
-    "found": how many of the four, cleanly, a mean over faces; "smiles", "glasses": % of samples.
-    Clean: within 3 dB of the error that sr (N, 3, H, W) has to its own nearest possibility.
+    "found": how many of the four, cleanly, a mean over faces; "smiles", "glasses": % of
+    samples. Clean: within 3 dB of the error that sr (N, 3, H, W) has to its own nearest
+    possibility.
     """
     def errors(images):  # (..., N, 3, H, W) -> (4, ..., N), mean squared, in grey levels
         return torch.stack([(to_levels(images) - to_levels(one)).square().mean((-3, -2, -1))
                             for one in truth])
-    error = errors(samples)                                                # (4, K, N)
-    nearest = error.argmin(0)                                              # (K, N)
-    clean = error.amin(0) <= 2 * errors(sr).amin(0)                        # (K, N)
+    error = errors(samples)                                     # (4, K, N)
+    nearest = error.argmin(0)                                   # (K, N)
+    clean = error.amin(0) <= 2 * errors(sr).amin(0)             # (K, N)
     found = sum(((nearest == kind) & clean).any(0).float().mean() for kind in range(4))
     return {"found": found.item(),
             "smiles": 100 * (nearest < 2).float().mean().item(),
@@ -582,13 +624,13 @@ def calibration(samples: torch.Tensor, sr: torch.Tensor, truth: torch.Tensor) ->
 @torch.no_grad()
 def calibrate(generator, config, device, faces: int = 100, samples: int = 10) -> dict:
     """`calibration` of hallucinations of held-out drawn faces."""
-    truth = possibilities(faces, config.size)                              # (4, faces, 3, H, W)
-    lr = quantize(downscale(truth[0], config.scale)).to(device)            # (faces, 3, h, w)
+    truth = possibilities(faces, config.size)                   # (4, faces, 3, H, W)
+    lr = quantize(downscale(truth[0], config.scale)).to(device)  # (faces, 3, h, w)
     rng = torch.Generator().manual_seed(0)
     z = draw_z((1 + samples, faces, config.z_dim, *lr.shape[-2:]), config.z_shared, rng)
     z[0] = 0
-    sr, *hallucinations = [sample(generator, lr, latent.to(device)).cpu() for latent in z]
-    return calibration(torch.stack(hallucinations), sr, truth)
+    made = torch.stack([sample(generator, lr, latent.to(device)).cpu() for latent in z])
+    return calibration(made[1:], made[0], truth)
 
 
 def calibration_text(found: dict) -> str:
@@ -599,15 +641,19 @@ def calibration_text(found: dict) -> str:
             "50 would be right).")
 
 
-# ---- Command line -------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------
 
-# What a run is made of beside its Config: kept in its checkpoints, and taken up by --resume.
+# What a run is made of beside its Config: kept in its checkpoints, and taken up by
+# --resume.
 RUN = dict(data=None, val=None, sketches=2000, val_faces=128, val_every=500, log_every=50,
            amp=None, photos=None)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The run's own flags, and one per setting. What the user does not say stays None."""
+    """The run's own flags, and one per setting.
+
+    What the user does not say stays None.
+    """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     run = parser.add_argument_group("the run").add_argument
     run("--data", type=os.path.abspath, help="a folder of photos (default: faces drawn now)")
@@ -633,7 +679,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
-    """Arguments, settings, and the checkpoint to resume. What the user says goes first."""
+    """Arguments, settings, and the checkpoint to resume.
+
+    What the user says goes first.
+    """
     arguments = build_parser().parse_args(words)
     content = None
     if arguments.resume:
@@ -658,7 +707,10 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
 
 
 def load_run(arguments) -> dict:
-    """The checkpoint that --resume names. Raises ValueError for one that can not go on."""
+    """The checkpoint that --resume names.
+
+    Raises ValueError for one that can not go on.
+    """
     require(not arguments.preset, "--resume has the settings of its run: no --preset")
     path = Path(arguments.resume)
     content = load_checkpoint(path)
@@ -722,7 +774,7 @@ def main(words=None):
         dist.destroy_process_group()  # or gloo's threads can abort a process that has ended
 
 
-# ---- Clear errors for wrong settings ------------------------------------------------------------
+# ---- Clear errors for wrong settings -------------------------------------------------
 
 def check_config(config):
     """Raise ValueError, naming it, for a setting out of its range."""
@@ -733,7 +785,7 @@ def check_config(config):
         if name == "perceptual":
             continue  # PerceptualLoss knows its layers
         low, high = 0, 2 ** 32 - 1
-        if name in ("z_dim", "r1_every", "batch", "steps"):
+        if name in ("z_dim", "l_z_level", "r1_every", "batch", "steps"):
             low = 1
         if name in ("z_shared", "fall"):
             high = 1
