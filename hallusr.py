@@ -674,6 +674,8 @@ def save_checkpoint(path: str | Path, generator: Generator, **training):
 
     Plain values and state dicts only: torch.load reads it. Needs: whole_file, Generator.
     """
+    require(isinstance(generator, Generator), "expected a Generator, got a "
+            f"{type(generator).__name__}: pass the module that it wraps")
     content = {"hallusr": 4, "settings": generator.settings,
                "generator": generator.state_dict()}
     with whole_file(path) as temporary:

@@ -15,16 +15,19 @@ if __name__ == "__main__":  # from the first import on, Ctrl-C just ends the pro
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import io
 import json
 import math
 import os
+import re
 import sys
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps  # Pillow comes with torchvision
+from PIL import Image, ImageCms  # Pillow comes with torchvision
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
@@ -35,22 +38,66 @@ from hallusr import (LPIPS, Realism, diversity_score, downscale, draw_z, from_le
 
 # ---- Photos --------------------------------------------------------------------------
 
-def read_image(path: str | Path) -> torch.Tensor:
-    """Any image file, upright, as uint8 RGB (3, H, W); 16-bit grey becomes 8-bit.
+# What EXIF's orientation asks for, so that a photo stands upright.
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
 
-    Raises ValueError, naming it, when it cannot be read, or has 32-bit values, of
-    unknown range.
+
+def read_image(path: str | Path) -> torch.Tensor:
+    """Any image file as a viewer shows it: uint8 RGB (3, H, W), upright, in sRGB.
+
+    What is transparent lies on white; 16-bit grey becomes 8-bit. Raises ValueError,
+    naming it, when it cannot be read, or has 32-bit values, of unknown range.
     """
     try:
         with Image.open(path) as image:
-            require(image.mode not in ("I", "F"), f"its values are of mode {image.mode}, not 8-bit")
-            upright = ImageOps.exif_transpose(image)
+            require(image.mode not in ("I", "F"),
+                    f"its values are of mode {image.mode}, not 8-bit")
+            # Of the metadata, orientation alone: other fields are often broken.
+            orientation = image.getexif().get(0x0112)
+            shown = image
+            if orientation in UPRIGHT:
+                shown = image.transpose(UPRIGHT[orientation])
             if image.mode.startswith("I;16"):
-                grey = v2.functional.pil_to_tensor(upright.convert("I")) / 257  # (1, H, W), 0-255
-                return grey.round().byte().expand(3, -1, -1)
-            return v2.functional.pil_to_tensor(upright.convert("RGB"))
-    except Exception as error:  # what a damaged file ends in depends on where it is damaged
+                return grey_of_16_bits(shown, white_is_zero(image))
+            return v2.functional.pil_to_tensor(to_srgb(shown, path))
+    except Exception as error:  # it depends on where the file is damaged
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
+    """An 8-bit image in sRGB by its own colour profile, on white where transparent."""
+    profile = image.info.get("icc_profile")
+    has_alpha = "A" in image.mode or "transparency" in image.info
+    if has_alpha or image.mode == "P":
+        image = image.convert("RGBA")
+    if profile:
+        try:
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            mode = "RGBA" if has_alpha else "RGB"
+            image = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"),
+                                              outputMode=mode)
+        except (ImageCms.PyCMSError, OSError, ValueError) as error:
+            print(f"WARNING: {path}: its colour profile is not used: {error}")
+    if has_alpha:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def white_is_zero(image: Image.Image) -> bool:
+    """TIFF's PhotometricInterpretation: in a few files, scans above all, 0 is white."""
+    return image.format == "TIFF" and image.tag_v2.get(262) == 0
+
+
+def grey_of_16_bits(image: Image.Image, inverted: bool) -> torch.Tensor:
+    """uint8 (3, H, W) from values 0-65535."""
+    grey = v2.functional.pil_to_tensor(image.convert("I")) / 257  # (1, H, W) in [0, 255]
+    if inverted:
+        grey = 255 - grey
+    return grey.round().byte().expand(3, -1, -1)
 
 
 def read_photo(path: str | Path, size: int) -> torch.Tensor:
@@ -66,25 +113,49 @@ def read_photo(path: str | Path, size: int) -> torch.Tensor:
     return v2.functional.resize(square, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
 
 
+def list_photos(folder: str | Path) -> list[Path]:
+    """Every image below a folder that Pillow reads, sorted; one line on what is not.
+
+    Hidden files and folders are left out, and the grid.png of a training run. Links are
+    followed, each folder once. Raises FileNotFoundError for a missing folder.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    Image.init()
+    readable = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    photos = []
+    left_out = Counter()
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        left_out["hidden"] += sum(name[0] == "." for name in folders + files)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for path in (Path(place, name) for name in sorted(files) if name[0] != "."):
+            if path.suffix.lower() not in readable:
+                left_out[path.suffix.lower() or "no ending"] += 1
+            elif path.name != "grid.png" or not path.with_name("last.pt").exists():
+                photos.append(path)
+    skipped = ", ".join(f"{number} {kind}" for kind, number in left_out.items() if number)
+    if skipped:
+        print(f"{folder}: {len(photos)} photos; left out: {skipped}")
+    return sorted(photos)
+
+
 class FolderFaces(Dataset):
-    """Every image below a folder, centre-cropped and resized:
+    """Every image below a folder, centre-cropped and resized: uint8 (3, size, size).
 
-    (3, size, size) uint8 each.
-
-    A training run's grid.png, beside its last.pt, is passed over. Raises
-    FileNotFoundError for a missing folder or one without at least two images.
+    Raises FileNotFoundError for a missing folder or one without at least two images.
     """
 
     def __init__(self, folder: str | Path, size: int):
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
-        self.paths = sorted(path for path in Path(folder).rglob("*")
-                            if path.suffix.lower() in IMG_EXTENSIONS and not
-                            (path.name == "grid.png" and path.with_name("last.pt").exists()))
+        self.paths = list_photos(folder)
         self.size = size
         if len(self.paths) < 2:
-            raise FileNotFoundError(f"expected at least 2 images ({' '.join(IMG_EXTENSIONS)}) "
-                                    f"below {folder}, found {len(self.paths)}")
+            raise FileNotFoundError(f"expected at least 2 images below {folder}, found "
+                                    f"{len(self.paths)}")
 
     def __len__(self):
         return len(self.paths)
@@ -193,12 +264,14 @@ def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -
 def summarize(rows: dict) -> dict:
     """Means of `evaluate` over images, as plain numbers.
 
-    "spread": spread / error, 1 is right.
+    "spread": spread / error, 1 is right. PSNR counts 100 dB where an image is exact.
     """
     summary = {}
     for row, metrics in rows.items():
         means = {name: values.mean().item() for name, values in metrics.items() if name != "ranks"}
         means["lr_psnr"] = mean_decibel(metrics["lr_psnr"]).item()
+        if "psnr" in metrics:
+            means["psnr"] = metrics["psnr"].clamp(max=100).mean().item()
         if "ranks" in metrics:
             means["spread"] = (means.pop("variance") / means.pop("error")) ** 0.5
         summary[row] = means
@@ -224,10 +297,13 @@ def evaluate_folder(generator, arguments):
     realism = None
     if arguments.others:
         others = FolderFaces(arguments.others, side)
-        require(not {*others.paths} & {*faces.paths}, "--others names the same folder, or a part")
+        scored = {path.resolve() for path in faces.paths}
+        require(not scored & {path.resolve() for path in others.paths},
+                "--others names the same folder, or a part")
         others.paths = [others.paths[i] for i in spread_out(len(others), len(faces))]
         realism = Realism(from_levels(stack(others)).to(arguments.device))
-        print(f"realism: against {len(others)} photos of {arguments.others}")
+        few = "; so few that it is chance" if len(others) < 50 else ""
+        print(f"realism: against {len(others)} photos of {arguments.others}{few}")
     hr = from_levels(stack(faces)).to(arguments.device)
     rows = evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device), realism,
                     arguments.seed, arguments.temperature)
@@ -242,7 +318,9 @@ def evaluate_folder(generator, arguments):
     content = {"n": len(hr), "arguments": vars(arguments), "rows": summary}
     if "ranks" in rows["hallucination"]:
         content["ranks"] = rows["hallucination"]["ranks"].mean(0).tolist()
-    path = Path(arguments.out, "evaluate.json")
+    # Named for the model: scores of a second one must not replace the first's.
+    model = "_".join(Path(arguments.checkpoint).with_suffix("").parts[-2:])
+    path = Path(arguments.out, f"evaluate_{model}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(without_infinity(content), default=str))
@@ -254,6 +332,15 @@ def without_infinity(value):
     if isinstance(value, dict):
         return {name: without_infinity(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def warn_of_failure(what: str):
+    """A side file that cannot be written is one warning, and no reason to stop."""
+    try:
+        yield
+    except OSError as error:
+        print(f"WARNING: no {what}: {error}")
 
 
 # ---- Pictures ------------------------------------------------------------------------
@@ -322,20 +409,23 @@ def write_samples(generator, path: str, arguments):
     z = arguments.temperature * z.to(lr.device)
     for_walk, z = z.tensor_split([2])
     latents = torch.cat([torch.zeros_like(z[:1]), z])
-    samples = sample(generator, lr.expand(len(latents), -1, -1, -1), latents)
+    samples = torch.cat([sample(generator, lr.expand(len(part), -1, -1, -1), part)
+                         for part in latents.split(50)])  # 50 fit any memory
 
-    names = ["sr"] + [f"hallucination_{k}" for k in range(1, len(latents))]
+    digits = len(str(arguments.samples))  # 01 before 10, in order of name
+    names = ["sr"] + [f"hallucination_{k:0{digits}}" for k in range(1, len(latents))]
     images = dict(zip(names, samples.split(1)))
     for name, image in images.items():
         print(f"  {name}: LR-PSNR {lr_psnr(image, lr).item():.1f} dB")
     images["lr"] = lr
     images["mean"] = samples[1:].mean(0, keepdim=True)
     images["std"] = std_map(samples[1:, None]) / 32 - 1  # white: 64 grey levels
-    folder = Path(arguments.out) / Path(path).stem
+    folder = results_folder(path, arguments)
     folder.mkdir(parents=True, exist_ok=True)
     # Those of another model or seed must not stand among these.
-    for old in [*folder.glob("hallucination_*.png"), *folder.glob("walk.gif")]:
-        old.unlink()
+    for old in folder.iterdir():
+        if re.fullmatch(r"hallucination_\d+\.png|walk\.gif", old.name):
+            old.unlink()
     for name, image in images.items():
         write_image((image[0] + 1) / 2, folder / f"{name}.png")
     write_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
@@ -343,6 +433,14 @@ def write_samples(generator, path: str, arguments):
         write_walk(generator, lr, *for_walk, folder / "walk.gif")
     walk = ", walk" if arguments.walk else ""
     print(f"  written to {folder}/: {', '.join(images)}, grid{walk}")
+
+
+def results_folder(path: str, arguments) -> Path:
+    """A photo's folder below --out. ValueError where the photo itself lies in it."""
+    folder = Path(arguments.out) / Path(path).stem
+    require(Path(path).resolve().parent != folder.resolve(),
+            f"results of {path} would lie beside it, in {folder}: name another --out")
+    return folder
 
 
 def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
@@ -363,12 +461,12 @@ def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
 
 def parse_arguments(words=None):
     """The command line, checked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Sample or score a trained generator.")
     flag = parser.add_argument
     assets = Path(__file__).with_name("assets")
-    flag("photos", nargs="*", metavar="PHOTO",
+    flag("photos", nargs="*", metavar="PHOTO", type=path_argument,
          help="image files (default: NASA's portrait of Eileen Collins, in assets/)")
-    flag("--checkpoint", default=assets / "faces64.pt",
+    flag("--checkpoint", default=assets / "faces64.pt", type=path_argument,
          help="last.pt or best.pt of a training run (default: assets/faces64.pt)")
     flag("--lr", action="store_true", help="the images are LR already")
     flag("--samples", type=count, default=10, help="hallucinations (default: 10)")
@@ -376,11 +474,13 @@ def parse_arguments(words=None):
          help="scale of z: 0 is SR, below 1 tamer, above 1 wilder (default: 1)")
     flag("--seed", type=int, default=0, help="seed of z (default: 0)")
     flag("--walk", action="store_true", help="write an animated GIF")
-    flag("--evaluate", metavar="FOLDER", type=os.path.realpath, help="score on its photos")
-    flag("--others", metavar="FOLDER", type=os.path.realpath, help="photos of others, for realism")
+    flag("--evaluate", metavar="FOLDER", type=folder_argument, help="score on its photos")
+    flag("--others", metavar="FOLDER", type=folder_argument,
+         help="photos of others, for realism")
     flag("--slice", type=span, default=slice(None), metavar="FROM:TO",
          help="which photos of the folder, in order of name (default: all)")
-    flag("--out", default="samples", help="folder for results (default: samples)")
+    flag("--out", default="samples", type=path_argument,
+         help="folder for results (default: samples)")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto")
     found = parser.parse_args(words)
     if not (found.photos or found.evaluate or found.lr):
@@ -400,6 +500,18 @@ def count(word: str) -> int:
     """A positive whole number. argparse makes a sentence of the ValueError."""
     require(int(word) > 0, f"{word} is not positive")
     return int(word)
+
+
+def path_argument(word: str) -> str:
+    """A path with ~ for home. An empty one, of an unset shell variable, is refused."""
+    if not word:
+        raise argparse.ArgumentTypeError("expected a path, got an empty word")
+    return os.path.expanduser(word)
+
+
+def folder_argument(word: str) -> str:
+    """A path that holds from anywhere, as of a run that is resumed elsewhere."""
+    return os.path.abspath(path_argument(word))
 
 
 def span(words: str) -> slice:
@@ -423,6 +535,8 @@ def run_as_script(main):
     """main(), with one sentence in place of a traceback for what a user can mend."""
     # float32 with all its digits on a GPU too: for scores, and for R1.
     torch.backends.cudnn.allow_tf32 = False
+    # A file's name may hold letters that the terminal has not.
+    sys.stdout.reconfigure(errors="replace")
     try:
         main()
         print(end="", flush=True)
@@ -431,6 +545,11 @@ def run_as_script(main):
         sys.exit(1)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: out of memory: lower --batch or --samples, or "
+                 f"take --device cpu ({str(error).splitlines()[0]})")
 
 
 def main(words=None):

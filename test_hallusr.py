@@ -19,13 +19,14 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as fn
 from PIL import Image
+from PIL.TiffImagePlugin import IFDRational
 from torchvision.utils import save_image
 
 import hallusr
@@ -1083,7 +1084,7 @@ def test_a_table_grows_by_rows_and_one_that_can_not_is_no_reason_to_stop(tmp_pat
     train.append_row(path, {"step": 2, "b": math.inf}, columns)
     assert path.read_text().split() == ["step,a,b", "1,0.5,", "2,,inf"]
     train.append_row(tmp_path / "nowhere/log.csv", {"step": 3}, columns)
-    assert "nowhere/log.csv lacks the row of step 3: " in capsys.readouterr().out
+    assert "WARNING: no row of step 3 in log.csv: " in capsys.readouterr().out
 
 
 def test_every_term_of_a_step_has_its_column():
@@ -1456,6 +1457,180 @@ def test_images_of_16_bits_are_rescaled_and_of_32_refused(tmp_path):
             sample.read_image(tmp_path / "cut.png")
 
 
+def patch_of(path, colour=None, **options):
+    """Write one flat patch, return what is read: three numbers."""
+    if colour is not None:
+        Image.new(options.pop("mode", "RGB"), (4, 4), colour).save(path, **options)
+    found = sample.read_image(path)
+    assert (found == found[:, :1, :1]).all()
+    return found[:, 0, 0].tolist()
+
+
+def display_p3():
+    """The profile of a phone's photos, made of published primaries, white D50-adapted."""
+    def s15(value):
+        return struct.pack(">i", round(value * 65536))
+    columns = {"rXYZ": (0.51512, 0.2412, -0.00105), "gXYZ": (0.29198, 0.69225, 0.04189),
+               "bXYZ": (0.1571, 0.06657, 0.78407), "wtpt": (0.9642, 1.0, 0.8249)}
+    tags = {name: b"XYZ " + bytes(4) + b"".join(map(s15, values))
+            for name, values in columns.items()}
+    curve = b"para" + bytes(4) + struct.pack(">HH", 3, 0) + b"".join(map(s15, (
+        2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)))
+    tags |= {name: curve for name in ("rTRC", "gTRC", "bTRC")}
+    text = "P3".encode("utf-16-be")
+    tags["desc"] = b"mluc" + bytes(4) + struct.pack(">II2sHII", 1, 12, b"en", 0x5553, len(text),
+                                                    28) + text
+    tags["cprt"] = tags["desc"]
+    table, data, offset = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += struct.pack(">4sII", name.encode(), offset + len(data), len(content))
+        data += content
+    size = offset + len(data)
+    head = struct.pack(">I4sI4s4s4s", size, bytes(4), 0x04000000, b"mntr", b"RGB ", b"XYZ ")
+    head += bytes(12) + b"acsp" + bytes(28) + s15(0.9642) + s15(1) + s15(0.8249)
+    return head.ljust(128, bytes(1)) + struct.pack(">I", len(tags)) + table + data
+
+
+def test_a_photo_with_a_colour_profile_is_converted_to_srgb(tmp_path, capsys):
+    # By hand: linear light, Display P3's primaries to sRGB's, and back to a curve.
+    to_linear = lambda v: ((v + 0.055) / 1.055) ** 2.4 if v > 0.04045 else v / 12.92
+    to_curve = lambda v: 1.055 * v ** (1 / 2.4) - 0.055 if v > 0.0031308 else 12.92 * v
+    matrix = torch.tensor([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
+    for colour in ((180, 140, 110), (90, 120, 200), (128, 128, 128)):
+        light = torch.tensor([to_linear(v / 255) for v in colour])
+        expected = [255 * to_curve(v.item()) for v in matrix @ light]
+        found = patch_of(tmp_path / "phone.png", colour, icc_profile=display_p3())
+        assert found == pytest.approx(expected, abs=1.0)
+    assert patch_of(tmp_path / "bad.png", (180, 140, 110), icc_profile=b"none") == [180, 140, 110]
+    assert "bad.png: its colour profile is not used" in capsys.readouterr().out
+
+
+def test_transparent_parts_lie_on_white(tmp_path):
+    half = (90, 30, 60, 128)  # a little more than half of it, the rest white
+    blend = [(128 * value + 127 * 255) / 255 for value in half[:3]]
+    assert patch_of(tmp_path / "a.png", half, mode="RGBA") == pytest.approx(blend, abs=1)
+    assert patch_of(tmp_path / "b.png", (0, 0), mode="LA") == [255] * 3
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 10, 10])
+    palette.save(tmp_path / "c.png", transparency=1)
+    assert patch_of(tmp_path / "c.png") == [255] * 3
+    palette.save(tmp_path / "d.png")
+    assert patch_of(tmp_path / "d.png") == [200, 10, 10]
+
+
+def test_a_grey_tiff_whose_zero_is_white_is_no_negative(tmp_path):
+    for zero_is_white, expected in ((0, 255 - 64), (1, 64)):
+        rows = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 1, 16), (259, 3, 1, 1),
+                (262, 3, 1, zero_is_white), (273, 4, 1, 8 + 2 + 12 * 9 + 4), (277, 3, 1, 1),
+                (278, 3, 1, 2), (279, 4, 1, 8)]
+        body = struct.pack("<2sHIH", b"II", 42, 8, len(rows))
+        for tag, kind, number, value in rows:
+            body += struct.pack("<HHIHH" if kind == 3 else "<HHII", tag, kind, number,
+                                *((value, 0) if kind == 3 else (value,)))
+        body += bytes(4) + struct.pack("<4H", *[64 * 257] * 4)
+        (tmp_path / "scan.tiff").write_bytes(body)
+        assert patch_of(tmp_path / "scan.tiff") == [expected] * 3
+
+
+def test_broken_metadata_beside_the_orientation_does_not_matter(tmp_path):
+    picture, exif = Image.new("RGB", (4, 2)), Image.Exif()
+    picture.putpixel((0, 0), (255, 0, 0))
+    exif[0x0112] = 6
+    exif[0x829A] = IFDRational(5, 7)  # the exposure time, to be made -1/0
+    picture.save(tmp_path / "phone.jpg", exif=exif, quality=100, subsampling=0)
+    content = (tmp_path / "phone.jpg").read_bytes()
+    for order in "<>":
+        content = content.replace(struct.pack(f"{order}II", 5, 7), struct.pack(f"{order}iI", -1, 0))
+    assert content != (tmp_path / "phone.jpg").read_bytes()
+    (tmp_path / "phone.jpg").write_bytes(content)
+    found = sample.read_image(tmp_path / "phone.jpg")
+    assert found.shape == (3, 4, 2) and found[0, 0, 1] > 150 > found[0, 0, 0]
+
+
+def test_photos_of_a_folder_are_those_a_person_would_count(tmp_path, capsys):
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for place in (folder / ".ipynb_checkpoints", folder / "deep", folder / "album.jpg", elsewhere):
+        place.mkdir(parents=True)
+    names = ["a.png", "b.jfif", "._a.png", ".ipynb_checkpoints/a.png", "deep/c.JPG", "notes.txt",
+             "d.heic", "album.jpg/e.webp"]
+    for name in names:
+        (folder / name).touch()
+    (elsewhere / "f.bmp").touch()
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "linked_twice").symlink_to(elsewhere)
+    (folder / "deep/loop").symlink_to(folder)
+    found = [path.relative_to(folder).as_posix() for path in sample.list_photos(folder)]
+    assert found == ["a.png", "album.jpg/e.webp", "b.jfif", "deep/c.JPG", "linked/f.bmp"]
+    assert "photos: 5 photos; left out: 2 hidden, 1 .heic, 1 .txt\n" in capsys.readouterr().out
+
+
+def test_a_photo_is_held_out_or_not_however_its_path_is_spelt():
+    windows = PureWindowsPath("deep\\f\u00fcr.jpg")
+    mac = PurePosixPath("deep/fu\u0308r.jpg")  # the same letter of two characters
+    linux = PurePosixPath("deep/f\u00fcr.jpg")
+    expected = zlib.crc32("deep/f\u00fcr.jpg".encode())
+    assert [train.path_hash(path) for path in (windows, mac, linux)] == [expected] * 3
+
+
+@pytest.mark.parametrize("script, words", [
+    ("train", ["--data", ""]), ("train", ["--resume", ""]), ("train", ["--out", ""]),
+    ("sample", ["--evaluate", ""]), ("sample", [""])])
+def test_an_empty_path_is_refused(script, words, capsys):
+    parse = {"train": train.prepare, "sample": sample.parse_arguments}[script]
+    with pytest.raises(SystemExit) as ended:
+        parse(words)
+    assert ended.value.code == 2 and "expected a path, got an empty word" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert train.prepare(["--data", "~/faces"])[0].data == "/home/me/faces"
+    assert sample.parse_arguments(["--out", "~/x"]).out == "/home/me/x"
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nmore"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), MemoryError("memory")])
+def test_too_little_memory_is_one_sentence(error):
+    def fail():
+        raise error
+    with pytest.raises(SystemExit, match="out of memory: lower --batch or --samples") as ended:
+        sample.run_as_script(fail)
+    assert "\n" not in str(ended.value)
+    with pytest.raises(RuntimeError, match="another kind"):
+        def fault():
+            raise RuntimeError("another kind")
+        sample.run_as_script(fault)
+
+
+def test_a_wrapped_generator_is_refused(tmp_path):
+    class Wrapper(torch.nn.Module):
+        settings = {}
+    with pytest.raises(ValueError, match="expected a Generator, got a Wrapper: pass the module"):
+        hallusr.save_checkpoint(tmp_path / "x.pt", Wrapper())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_environment_of_a_cluster_is_no_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    train.join_processes(SimpleNamespace(device="cpu"), tiny())  # else it waits for a RANK
+    monkeypatch.setattr(train.dist, "is_available", lambda: False)
+    monkeypatch.delattr(train.dist, "is_initialized")  # as in a torch without it
+    assert train.processes() == 1
+
+
+def test_scripts_run_without_docstrings(tmp_path):
+    done = subprocess.run([sys.executable, "-OO", str(HERE / "train.py"), "--help"],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_exact_image_leaves_a_mean_psnr_finite():
+    rows = {"bicubic": {"psnr": torch.tensor([20.0, math.inf]), "lr_psnr": torch.ones(2)}}
+    assert sample.summarize(rows)["bicubic"]["psnr"] == pytest.approx(60.0)
+
+
 def test_a_photo_of_400_megapixels_is_refused_before_it_takes_memory(tmp_path):
     def chunk(kind, data):
         body = kind + data
@@ -1514,17 +1689,23 @@ def test_programs_compute_float32_with_all_its_digits_on_a_gpu(monkeypatch):
     assert found == [False]
 
 
-@pytest.mark.parametrize("module, writer, file", [
-    (torch, "save", "last.pt"), (sample, "save_image", "grid.png")])
-def test_a_full_disk_is_named_and_leaves_no_half_file(module, writer, file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("module, writer, file, ends", [
+    (torch, "save", "last.pt", True), (sample, "save_image", "grid.png", False)])
+def test_a_full_disk_is_named_and_leaves_no_half_file(module, writer, file, ends, tmp_path,
+                                                      monkeypatch, capsys):
     def full(*arguments, **options):
         for path in arguments:
             if isinstance(path, Path):
                 path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(module, writer, full)
-    with pytest.raises(OSError, match=f"could not write {tmp_path / file}: .*No space left"):
-        run_training(tmp_path)
+    words = f"could not write {tmp_path / file}: .*No space left"
+    if ends:
+        with pytest.raises(OSError, match=words):
+            run_training(tmp_path)
+    else:  # a picture is no reason to stop
+        assert run_training(tmp_path)["step"] == 2
+        assert re.search(f"WARNING: no new grid.png: {words}", capsys.readouterr().out)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -1558,7 +1739,8 @@ def test_a_resumed_run_takes_the_rate_of_its_step(tmp_path):
 
 
 def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "3")
     monkeypatch.setattr(train.dist, "init_process_group", lambda *_: None)
     monkeypatch.setattr(train.dist, "get_world_size", lambda: 3)
     with pytest.raises(ValueError, match="batch 4 is no multiple of 3 processes"):
@@ -1855,6 +2037,23 @@ def test_samples_of_another_model_or_seed_do_not_stay_among_new_ones(
     assert not (workplace / "flags/small/walk.gif").exists()
 
 
+def test_samples_never_touch_what_is_not_theirs(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    (workplace / "lr").mkdir()
+    shutil.copy(workplace / "small.png", workplace / "lr/lr.png")
+    before = (workplace / "lr/lr.png").read_bytes()
+    words = ["lr/lr.png", "--lr", "--checkpoint", "runs/photos/last.pt", "--samples", "11"]
+    with pytest.raises(ValueError, match="results of lr/lr.png would lie beside it, in lr"):
+        sample.main(words + ["--out", "."])
+    assert (workplace / "lr/lr.png").read_bytes() == before
+    (workplace / "own/lr").mkdir(parents=True)
+    for name in ("hallucination_x.png", "hallucination_3.png"):
+        (workplace / "own/lr" / name).touch()
+    sample.main(words + ["--out", "own"])
+    names = sorted(path.name for path in (workplace / "own/lr").glob("hallucination_*"))
+    assert names == [f"hallucination_{k:02}.png" for k in range(1, 12)] + ["hallucination_x.png"]
+
+
 def test_the_model_of_the_repository_is_true_to_its_input_and_diverse():
     generator = hallusr.load_generator(HERE / "assets/faces64.pt")
     lr = torch.stack([hallusr.from_levels(sample.read_image(path))
@@ -1871,7 +2070,7 @@ def test_evaluate_writes_json_with_every_row(workplace):
     sample.main(["--evaluate", str(workplace / "photos"), "--slice", "1:3", "--samples", "2",
                  "--checkpoint", str(workplace / "runs/photos/last.pt"),
                  "--out", str(workplace / "scores")])
-    found = json.loads((workplace / "scores/evaluate.json").read_text())
+    found = json.loads((workplace / "scores/evaluate_photos_last.json").read_text())
     said = found["arguments"]
     assert said["evaluate"] == os.path.realpath(workplace / "photos") and said["samples"] == 2
     assert said["checkpoint"] == str(workplace / "runs/photos/last.pt") and said["seed"] == 0
@@ -1897,7 +2096,7 @@ def test_realism_is_measured_against_others_spread_over_their_folder(workplace, 
     expected = [sample.read_photo(workplace / f"others/{i}.png", 32) for i in (0, 2, 4, 6)]
     assert torch.equal(seen[0], hallusr.from_levels(torch.stack(expected)))
     assert "realism: against 4 photos" in capsys.readouterr().out
-    rows = json.loads((workplace / "scores/evaluate.json").read_text())["rows"]
+    rows = json.loads((workplace / "scores/evaluate_photos_last.json").read_text())["rows"]
     assert all(row["realism"] > 0 for row in rows.values())
 
 
@@ -1905,7 +2104,7 @@ def test_realism_is_measured_against_others_spread_over_their_folder(workplace, 
     ("python train.py --data photos --perceptual pixels --size 128",
      "is 64x70 pixels, expected at least 128x128"),
     ("python train.py --data empty --perceptual pixels",
-     "expected at least 2 images .* below .*empty, found 0"),
+     "expected at least 2 images below .*empty, found 0"),
     ("python train.py --scale 3", "power of two.*got 3"),
     ("python train.py --preset paper --resume runs/photos/last.pt", "no --preset"),
     ("python train.py --resume nowhere.pt", "no checkpoint at nowhere.pt"),

@@ -21,6 +21,7 @@ import shlex
 import sys
 import time
 import timeit
+import unicodedata
 import zlib
 from dataclasses import asdict, make_dataclass
 from pathlib import Path
@@ -33,8 +34,8 @@ from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism, c
                      generator_loss, gradient_loss, hallucination_loss, image_gradient,
                      load_checkpoint, load_weights, project_onto_lr, pyramid, quantize, r1_penalty,
                      reconstruction_loss, require, sample, save_checkpoint, to_levels)
-from sample import (FolderFaces, contact_sheet, count, evaluate, find_device, run_as_script,
-                    spread_out, stack, summarize, write_image)
+from sample import (FolderFaces, contact_sheet, count, evaluate, find_device, folder_argument,
+                    path_argument, run_as_script, spread_out, stack, summarize, warn_of_failure, write_image)
 
 # ---- Settings: a line each -----------------------------------------------------------
 
@@ -212,11 +213,17 @@ def update(optimizer, loss: torch.Tensor):
     optimizer.zero_grad()
     # Only this player's weights get gradients, though the loss runs through the other.
     loss.backward(inputs=weights)
-    if dist.is_initialized():
+    if processes() > 1:
         for weight in weights:
             dist.all_reduce(weight.grad)  # a sum
-            weight.grad /= dist.get_world_size()
+            weight.grad /= processes()
     optimizer.step()
+
+
+def processes() -> int:
+    """How many there are under torchrun; 1 without, or where torch lacks distributed."""
+    together = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if together else 1
 
 
 class Networks:
@@ -282,8 +289,8 @@ def train(config, arguments, perceptual, faces, valid, content: dict | None = No
         start = content["step"]
     # Under torchrun every process takes its share of each batch, and the first one
     # reports.
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
+    world = processes()
+    rank = dist.get_rank() if world > 1 else 0
     report = Report(config, arguments, nets, faces, valid, content) if rank == 0 else None
     autocast = torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.amp)
 
@@ -387,15 +394,20 @@ def load_faces(arguments, config) -> tuple[torch.Tensor, torch.Tensor]:
     train = FolderFaces(arguments.data, config.size)
     valid = FolderFaces(arguments.val or arguments.data, config.size)
     if not arguments.val:
-        # Held out by a hash of the path: a photo that joins the folder later moves no
-        # other.
-        number = {path: zlib.crc32(bytes(path.relative_to(arguments.data))) for path in train.paths}
+        # By a hash of each path: a photo that joins the folder later moves no other.
+        number = {path: path_hash(path.relative_to(arguments.data)) for path in train.paths}
         valid.paths = [path for path, n in number.items() if n % 20 == 0]
         valid.paths = valid.paths or [min(number, key=number.get)]  # of a small folder, one
     held_out = {path.resolve() for path in valid.paths}
     train.paths = [path for path in train.paths if path.resolve() not in held_out]
     require(train.paths, f"all photos of {arguments.data} are among those to validate on")
     return stack(train), stack(valid, arguments.val_faces)
+
+
+def path_hash(path: Path) -> int:
+    """The same number on every system, whatever its slashes and accents are made of."""
+    spelling = unicodedata.normalize("NFC", path.as_posix())
+    return zlib.crc32(spelling.encode(errors="surrogateescape"))
 
 
 # ---- Reporting: log, validation, pictures, checkpoints -------------------------------
@@ -517,7 +529,8 @@ class Report:
         rng = torch.Generator().manual_seed(0)
         z = draw_z((6, self.config.z_dim, *lr.shape[-2:]), self.config.z_shared, rng)
         sheet = contact_sheet(self.nets.ema, lr, z.to(lr.device), hr)
-        write_image(sheet, self.out / "grid.png")
+        with warn_of_failure("new grid.png"):
+            write_image(sheet, self.out / "grid.png")
 
     def save(self, name: str):
         """Write a checkpoint from which --resume goes on, with the same data."""
@@ -561,19 +574,14 @@ def run_folder(arguments) -> Path:
 
 
 def append_row(path: Path, row: dict, columns: list[str]):
-    """One more line of a CSV table.
-
-    A table that can not be written is no reason to stop.
-    """
-    try:
+    """One more line of a CSV table."""
+    with warn_of_failure(f"row of step {row['step']} in {path.name}"):
         new = not path.exists() or path.stat().st_size == 0
         with open(path, "a", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             if new:
                 writer.writeheader()
             writer.writerow(row)
-    except OSError as error:  # open in a spreadsheet, say
-        print(f"{path} lacks the row of step {row['step']}: {error}")
 
 
 def find_judges(arguments, photographs: torch.Tensor) -> dict:
@@ -654,12 +662,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     What the user does not say stays None.
     """
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Train hallusr, on photos or drawn faces.")
     run = parser.add_argument_group("the run").add_argument
-    run("--data", type=os.path.abspath, help="a folder of photos (default: faces drawn now)")
-    run("--val", type=os.path.abspath, help="a folder to validate on (default: 5 %% of --data)")
-    run("--out", help="folder for results (default: a new one in runs, or where --resume lies)")
-    run("--resume", help="go on from this last.pt, with its data and its settings")
+    run("--data", type=folder_argument, help="a folder of photos (default: drawn faces)")
+    run("--val", type=folder_argument, help="to validate on (default: 5 %% of --data)")
+    run("--out", type=path_argument,
+        help="folder for results (default: a new one in runs, or where --resume lies)")
+    run("--resume", type=path_argument, help="go on from this last.pt, with its settings")
     run("--preset", choices=list(PRESETS),
         help="a column of settings (default: photos with --data, else drawn)")
     run("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -729,7 +738,7 @@ def bfloat16_pays(device: str) -> bool:
     """Does this machine compute in bfloat16 so much faster that lost digits are worth it?"""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if "RANK" in os.environ:
+    if "LOCAL_RANK" in os.environ:
         return False  # torchrun's processes must agree, and two timings might not
     def seconds(dtype):  # some CPUs have bfloat16 and are slower in it
         square = torch.ones(512, 512, dtype=dtype)
@@ -739,7 +748,8 @@ def bfloat16_pays(device: str) -> bool:
 
 def join_processes(arguments, config):
     """Under torchrun: become one of several processes, with a GPU and a share of each batch."""
-    if "WORLD_SIZE" not in os.environ:
+    # torchrun sets all three; clusters set WORLD_SIZE alone, for other purposes.
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if arguments.device == "cuda" else "gloo")
     if arguments.device == "cuda":
@@ -770,8 +780,8 @@ def main(words=None):
           f"validate on; {config.steps} steps, seed {config.seed}, {arguments.device}, "
           f"{'bfloat16' if arguments.amp else 'float32'}")
     train(config, arguments, perceptual.to(arguments.device), faces, valid, content)
-    if dist.is_initialized():
-        dist.destroy_process_group()  # or gloo's threads can abort a process that has ended
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()  # or gloo's threads can abort an ended process
 
 
 # ---- Clear errors for wrong settings -------------------------------------------------
