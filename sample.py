@@ -9,16 +9,21 @@
 
 The faces are invented. They say which pictures fit the small one, never who is in it.
 """
+import os
 import signal
 
-if __name__ == "__main__":  # from the first import on, Ctrl-C just ends the program
+if __name__ == "__main__":
+    # From the first import on, Ctrl-C just ends the program.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # torch's threads spin while they wait, and beside a busy program stand in each
+    # other's way. This must be said before torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import io
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter
@@ -178,13 +183,11 @@ def stack(dataset: Dataset, most: int | None = None) -> torch.Tensor:
 @torch.no_grad()
 def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips: LPIPS | None = None,
              realism: Realism | None = None, seed: int = 0, temperature: float = 1.0) -> dict:
-    """Table 1's rows for these images: {"bicubic" | "SR" | "hallucination": {metric:
+    """Table 1's rows for hr (N, 3, H, W) in [-1, 1], from which LR is made.
 
-    (N,)}}.
-
-    hr (N, 3, H, W) in [-1, 1]; LR is made from it, and z from seed. A hallucination's
-    scores are means over its samples. LPIPS and diversity come with `lpips`; `realism`
-    gives one number for all N images, of hallucinations the first of each.
+    {"bicubic" | "SR" | "hallucination": {metric: (N,)}}, of a hallucination means over
+    its samples, with z from seed. LPIPS and diversity come with `lpips`; `realism` gives
+    one number for all N, of hallucinations the first of each.
     """
     require(samples >= 1, f"samples must be 1 or more, got {samples}")
     lr = quantize(downscale(hr, generator.scale))               # (N, 3, h, w)
@@ -250,10 +253,7 @@ def upscale_bicubic(lr: torch.Tensor, factor: int = 8) -> torch.Tensor:
 
 
 def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -> tuple:
-    """One image per face: {"psnr", "ssim", "lr_psnr"[, "lpips"]:
-
-    (N,)} and LPIPS's map, or None.
-    """
+    """Scores of one image per face, (N,) each, and LPIPS's map, or None without it."""
     values = {"psnr": psnr(image, hr), "ssim": ssim(image, hr), "lr_psnr": lr_psnr(image, lr)}
     lpips_map = None
     if lpips is not None:
@@ -521,10 +521,7 @@ def span(words: str) -> slice:
 
 
 def find_device(name: str) -> str:
-    """cpu or cuda; auto is cuda where there is one.
-
-    Raises ValueError for a missing GPU.
-    """
+    """cpu or cuda; auto is cuda where there is one. ValueError for a missing GPU."""
     require(name != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no GPU here")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,17 +6,22 @@
 
 Into --out go last.pt and best.pt (checkpoints), grid.png (look at it), log.csv and valid.csv.
 """
+import os
 import signal
 
-if __name__ == "__main__":  # until there is something to save, Ctrl-C just ends the program
+if __name__ == "__main__":
+    # Until there is something to save, Ctrl-C just ends the program.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # torch's threads spin while they wait, and beside a busy program stand in each
+    # other's way. This must be said before torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import contextlib
 import copy
 import csv
 import math
-import os
 import shlex
 import sys
 import time
@@ -29,13 +34,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism, check_architecture,
-                     discriminator_loss, diversity_loss, downscale, draw_z, excess, from_levels,
-                     generator_loss, gradient_loss, hallucination_loss, image_gradient,
-                     load_checkpoint, load_weights, project_onto_lr, pyramid, quantize, r1_penalty,
-                     reconstruction_loss, require, sample, save_checkpoint, to_levels)
-from sample import (FolderFaces, contact_sheet, count, evaluate, find_device, folder_argument,
-                    path_argument, run_as_script, spread_out, stack, summarize, warn_of_failure, write_image)
+from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism,
+                     check_architecture, discriminator_loss, diversity_loss, downscale,
+                     draw_z, excess, from_levels, generator_loss, gradient_loss,
+                     hallucination_loss, image_gradient, load_checkpoint, load_weights,
+                     project_onto_lr, pyramid, quantize, r1_penalty, reconstruction_loss,
+                     require, sample, save_checkpoint, to_levels)
+from sample import (FolderFaces, contact_sheet, count, evaluate, find_device,
+                    folder_argument, path_argument, run_as_script, spread_out, stack,
+                    summarize, warn_of_failure, write_image)
 
 # ---- Settings: a line each -----------------------------------------------------------
 
@@ -152,10 +159,7 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, step: int) -> 
 
 
 def warmup_step(nets, config, perceptual, autocast, hr, lr, real) -> dict:
-    """A step of G alone, at z = 0:
-
-    (10) without L_adv. D is not asked, z means nothing yet.
-    """
+    """A step of G alone, at z = 0: (10) without L_adv. z means nothing yet."""
     nothing = torch.zeros(len(lr), nets.G.z_dim, *lr.shape[-2:], device=lr.device)
     with autocast:
         sr = nets.G(lr, nothing)
@@ -227,10 +231,7 @@ def processes() -> int:
 
 
 class Networks:
-    """All that training changes:
-
-    G, its running average, D_I, D_g and the two optimisers.
-    """
+    """All that training changes: G, its average, D_I, D_g and the two optimisers."""
 
     def __init__(self, config, device):
         torch.manual_seed(config.seed)
@@ -331,9 +332,7 @@ def batch_at(faces: torch.Tensor, config, step: int, device) -> tuple:
 # ---- Faces: drawn, or from a folder; both end as one uint8 tensor (N, 3, size, size) -
 
 def draw_faces(random: torch.Tensor, size: int) -> torch.Tensor:
-    """Drawn faces from random (N, 11) in [0, 1]:
-
-    (N, 3, size, size) on 8-bit levels of [-1, 1].
+    """Drawn faces: random (N, 11) in [0, 1] -> (N, 3, size, size) on 8-bit levels.
 
     The last two columns, above a half for yes, are smile and glasses. Both are hidden
     from LR: shrunk to 8x8 or 4x4, faces that differ in nothing else are equal, up to
@@ -556,10 +555,7 @@ class Report:
 
 
 def run_folder(arguments) -> Path:
-    """The folder of results, this run's alone.
-
-    Raises ValueError where another run is.
-    """
+    """The folder of results, this run's alone. ValueError where another run is."""
     home = arguments.resume and Path(arguments.resume).parent
     if home and home.resolve() == Path(arguments.out or home).resolve():
         return home
@@ -658,10 +654,7 @@ RUN = dict(data=None, val=None, sketches=2000, val_faces=128, val_every=500, log
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The run's own flags, and one per setting.
-
-    What the user does not say stays None.
-    """
+    """The run's own flags, and one per setting. What is not said stays None."""
     parser = argparse.ArgumentParser(description="Train hallusr, on photos or drawn faces.")
     run = parser.add_argument_group("the run").add_argument
     run("--data", type=folder_argument, help="a folder of photos (default: drawn faces)")
@@ -688,10 +681,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
-    """Arguments, settings, and the checkpoint to resume.
-
-    What the user says goes first.
-    """
+    """Arguments, settings, and the checkpoint to resume; what is said goes first."""
     arguments = build_parser().parse_args(words)
     content = None
     if arguments.resume:
@@ -716,10 +706,7 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
 
 
 def load_run(arguments) -> dict:
-    """The checkpoint that --resume names.
-
-    Raises ValueError for one that can not go on.
-    """
+    """The checkpoint that --resume names. ValueError for one that cannot go on."""
     require(not arguments.preset, "--resume has the settings of its run: no --preset")
     path = Path(arguments.resume)
     content = load_checkpoint(path)
