@@ -268,12 +268,14 @@ def summarize(rows: dict) -> dict:
     """
     summary = {}
     for row, metrics in rows.items():
-        means = {name: values.mean().item() for name, values in metrics.items() if name != "ranks"}
+        means = {name: values.mean().item() for name, values in metrics.items()
+                 if name not in ("ranks", "variance", "error")}
         means["lr_psnr"] = mean_decibel(metrics["lr_psnr"]).item()
         if "psnr" in metrics:
             means["psnr"] = metrics["psnr"].clamp(max=100).mean().item()
-        if "ranks" in metrics:
-            means["spread"] = (means.pop("variance") / means.pop("error")) ** 0.5
+        if "variance" in metrics:
+            ratio = metrics["variance"].mean() / metrics["error"].mean()
+            means["spread"] = ratio.sqrt().item()
         summary[row] = means
     return summary
 

@@ -529,6 +529,8 @@ def test_spread_scores_are_summed_up_over_faces():
                               "outside": torch.tensor([50.0, 40.0])}}
     found = sample.summarize(rows)["hallucination"]
     assert found == pytest.approx({"lr_psnr": 1.0, "outside": 45.0, "spread": 0.5})
+    rows["hallucination"]["error"] = torch.zeros(2)  # a model that knows everything
+    assert sample.summarize(rows)["hallucination"]["spread"] == math.inf
 
 
 def test_mean_decibel_averages_errors():
@@ -722,7 +724,8 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: train.check_config(tiny(size=62)), "multiple of scale 4, got 62"),
     (lambda: train.check_config(tiny(tau=0.0)), "tau must be positive, got 0"),
     (lambda: train.check_config(tiny(ema=1.0)), "ema must be below 1, got 1"),
-    (lambda: train.check_config(tiny(learning_rate_g=math.nan)), r"learning_rate_g must be in \[0, .*got nan"),
+    (lambda: train.check_config(tiny(learning_rate_g=math.nan)),
+     r"learning_rate_g must be in \[0, .*got nan"),
     (lambda: train.check_config(tiny(fall=1.5)), r"fall must be in \[0, 1\], got 1.5"),
     (lambda: train.check_config(tiny(batch=0)), r"batch must be in \[1, "),
     (lambda: train.check_config(tiny(d_blocks=0)), "blocks must be 1 or more, got 0"),
@@ -925,9 +928,9 @@ def test_a_resumed_run_goes_on_with_its_tables(tmp_path):
     assert [row["R1"] != "" for row in log] == [True, False] * 3  # where it was taken
 
 
-@pytest.mark.parametrize("frozen, moving", [("learning-rate-g", ["D_I", "D_g"]), ("learning-rate-d", ["G"])])
+@pytest.mark.parametrize("frozen, moving", [("g", ["D_I", "D_g"]), ("d", ["G"])])
 def test_each_step_moves_its_own_player(tmp_path, frozen, moving):
-    content = run_training(tmp_path, f"--{frozen}", "1e-30")
+    content = run_training(tmp_path, f"--learning-rate-{frozen}", "1e-30")
     fresh = train.Networks(tiny(hard_consistency=True), "cpu")
     for name in ("G", "D_I", "D_g"):
         before, after = getattr(fresh, name).state_dict(), content[name]
@@ -980,7 +983,8 @@ def assert_left(module, gradients):
 @pytest.mark.parametrize("beta, level", [(0.5, 2), (0.0, 1)])
 def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta, level):
     config = tiny(gamma=2.0, beta=beta, alpha=3.0, tie=3.0, pixel=5.0, eps=0.3, warmup=5,
-                  r1_gamma=6.0, r1_every=every, learning_rate_g=1e-30, learning_rate_d=1e-3, l_z_level=level)
+                  r1_gamma=6.0, r1_every=every, learning_rate_g=1e-30, learning_rate_d=1e-3,
+                  l_z_level=level)
     nets, playing, edges = train.Networks(config, "cpu"), times is not None, hallusr.image_gradient
     hr, z1, z2 = levels(2, 3, 16, 16), *torch.randn(2, 2, 5, 4, 4)
     lr = hallusr.quantize(hallusr.downscale(hr, 4))
@@ -1144,7 +1148,8 @@ def test_it_learns_a_batch_by_heart(tmp_path):
     run_training(tmp_path / "run", "--data", str(tmp_path), "--val", str(tmp_path / "same"),
                  "--batch", "4",
                  "--steps", "200", "--width", "8", "--val-every", "200",
-                 "--log-every", "50", "--learning-rate-g", "2e-3", "--learning-rate-d", "2e-3", "--ema", "0.9",
+                 "--log-every", "50", "--learning-rate-g", "2e-3", "--learning-rate-d", "2e-3",
+                 "--ema", "0.9",
                  "--alpha", "1", "--tau", "0.08", "--l-z-level", "2")
     row = {name: float(value) for name, value in table(tmp_path / "run/valid.csv")[-1].items()}
     assert row["SR_psnr"] > row["bicubic_psnr"] + 2
@@ -1496,7 +1501,8 @@ def test_a_photo_with_a_colour_profile_is_converted_to_srgb(tmp_path, capsys):
     # By hand: linear light, Display P3's primaries to sRGB's, and back to a curve.
     to_linear = lambda v: ((v + 0.055) / 1.055) ** 2.4 if v > 0.04045 else v / 12.92
     to_curve = lambda v: 1.055 * v ** (1 / 2.4) - 0.055 if v > 0.0031308 else 12.92 * v
-    matrix = torch.tensor([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
+    matrix = torch.tensor([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0],
+                           [-0.0197, -0.0786, 1.0979]])
     for colour in ((180, 140, 110), (90, 120, 200), (128, 128, 128)):
         light = torch.tensor([to_linear(v / 255) for v in colour])
         expected = [255 * to_curve(v.item()) for v in matrix @ light]

@@ -60,7 +60,7 @@ SETTINGS = [
     ("z_shared",         1.0,   0.7,   1.0,   "2",      "z from one vector (1) to a map (0)"),
     ("hard_consistency", False, True,  True,  "(9)",    "make DS(image) = LR inside G"),
     ("eps",              12.75, 12.75, 12.75, "4.2",    "F ignores so many grey levels"),
-    ("perceptual",       "relu2_2", "relu3_3", "pixels", "open",   "VGG-16 layer of (6), or pixels"),
+    ("perceptual",       "relu2_2", "relu3_3", "pixels", "open", "VGG-16 layer of (6), or pixels"),
     ("gamma",            10.0,  2.0,   10.0,  "4.1",    "weight of (6) and (7) in (10)"),
     ("beta",             0.1,   0.0,   0.1,   "4.1",    "weight of z = 0 in both players' L_adv"),
     ("alpha",            1.0,   4.0,   5.0,   "4.1",    "weight of L_z (8) in (11)"),
@@ -496,7 +496,7 @@ class Report:
         self.since = time.time()
 
     def validate(self):
-        """Score the running average on the validation faces, draw the grid, keep the best."""
+        """Score the running average, draw the grid, keep the best."""
         began = time.time()
         rows = summarize(evaluate(self.nets.ema, self.valid, 4, **self.judges))
         table = {"step": self.step, "faces": len(self.valid)}
@@ -510,7 +510,7 @@ class Report:
         # Without VGG's weights the reconstruction has to decide.
         score = table["SR_psnr"]
         if self.judges:
-            spread = min(table["hallucination_spread"], 1)
+            spread = min(max(table["hallucination_spread"], 1e-6), 1)
             score = -table["hallucination_realism"] / spread
         if self.step > self.config.warmup and self.beats_best(score):
             self.best = (score, len(self.valid))
