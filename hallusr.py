@@ -14,7 +14,7 @@ Training (section 4.1) is in train.py.
     g           gradient        (N, 3, H, W)       >= 0 of images, any from G
     z           z               (N, z_dim, h, w)   N(0, I) at every LR pixel, or zero
     DS          downscale       -> (N, 3, h, w)    box average
-    F           excess          -> (N, 3, h, w)    grey levels by which LR is missed
+    F           excess          -> (N, 3, h, w)    grey levels beyond eps by which LR is missed
     D_I, D_g    Discriminator   -> (N, 1, h, w)    logits: > 0 says "a photograph"
 
 To copy a piece, take along what its docstring names after "Needs". Delete its lines
@@ -159,7 +159,7 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
     require_same(g1, g2, "g1 and g2")
     require_same(z1, z2, "z1 and z2")
     require(len(g1) == len(z1), f"expected a z for each g, got {len(z1)} and {len(g1)}")
-    # Why? D only asks whether an image is plausible: G could please it and ignore z.
+    # D only asks whether an image is plausible: G could please it and ignore z.
     moved = (g1 - g2).abs().flatten(1).mean(1)                  # (N,)
     apart = (z1 - z2).abs().flatten(1).mean(1) + 1e-5           # (N,)
     # A pair beyond tau has no slope any more: it is far enough apart.
@@ -366,7 +366,7 @@ class Generator(nn.Module):
         channels = channels_at(width, scale)
 
         self.first_conv = conv3x3(3 + z_dim, channels[0])
-        # Or z, with more channels than LR, would drown it.
+        # Otherwise z, with more channels than LR, would drown it.
         self.first_conv.weight.data[:, 3:] *= 0.1
         residual = [ResidualBlock(channels[0]) for _ in range(blocks)]
         self.trunk = nn.Sequential(*residual)
@@ -708,7 +708,7 @@ def load_generator(path: str | Path, device: str = "cpu") -> Generator:
     is no checkpoint. Needs: Generator, load_checkpoint, load_weights.
     """
     content = load_checkpoint(path)
-    wanted = set(Generator().settings)
+    wanted = set(Generator(width=1, blocks=1).settings)
     found = set(content["settings"])
     require(wanted == found, f"{path} has other settings than this version's: "
                              f"{sorted(wanted ^ found)} in one alone")

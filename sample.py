@@ -60,6 +60,7 @@ def read_image(path: str | Path) -> torch.Tensor:
         with Image.open(path) as image:
             require(image.mode not in ("I", "F"),
                     f"its values are of mode {image.mode}, not 8-bit")
+            image.load()  # of a TIFF, Pillow turns it here
             # Of the metadata, orientation alone: other fields are often broken.
             orientation = image.getexif().get(0x0112)
             shown = image
@@ -141,8 +142,11 @@ def list_photos(folder: str | Path) -> list[Path]:
         for path in (Path(place, name) for name in sorted(files) if name[0] != "."):
             if path.suffix.lower() not in readable:
                 left_out[path.suffix.lower() or "no ending"] += 1
+            elif not path.is_file() or os.path.realpath(path) in seen:
+                left_out["broken or repeated links"] += 1
             elif path.name != "grid.png" or not path.with_name("last.pt").exists():
                 photos.append(path)
+                seen.add(os.path.realpath(path))
     skipped = ", ".join(f"{number} {kind}" for kind, number in left_out.items() if number)
     if skipped:
         print(f"{folder}: {len(photos)} photos; left out: {skipped}")
@@ -545,10 +549,10 @@ def run_as_script(main):
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error):
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: out of memory: lower --batch or --samples, or "
-                 f"take --device cpu ({str(error).splitlines()[0]})")
+                 f"take --device cpu ({str(error).partition(chr(10))[0]})")
 
 
 def main(words=None):

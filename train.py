@@ -65,7 +65,7 @@ SETTINGS = [
     ("beta",             0.1,   0.0,   0.1,   "4.1",    "weight of z = 0 in both players' L_adv"),
     ("alpha",            1.0,   4.0,   5.0,   "4.1",    "weight of L_z (8) in (11)"),
     ("tau",              1.0,   1.0,   0.02,  "open",   "ceiling of L_z (8)"),
-    ("l_z_level",        3,     1,     2,     "open",   "resolution (8) compares: 1 the coarsest"),
+    ("l_z_level",        0,     1,     0,     "open",   "(8) sees 1, the coarsest, to 0, the finest"),
     ("tie",              0.0,   1.0,   1.0,   "2.3",    "weight of |g - gradient of I|"),
     ("pixel",            0.0,   10.0,  0.0,   "2.3",    "weight of L1 on pixels at z = 0"),
     ("warmup",           0,     3000,  600,   "2.3",    "first steps: G alone, at z = 0"),
@@ -110,11 +110,11 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, step: int) -> 
 
     # The lists are of all resolutions, coarse to fine; [-1] is the finest, (B, 3, H,
     # W).
+    level = config.l_z_level or len(images)
     with autocast:
         sr = nets.G(lr, torch.zeros_like(z1))                   # (1)
         h1 = nets.G(lr, z1)                                     # (2)
-        h2 = nets.G(lr, z2, config.l_z_level)                   # (2), as far as (8) needs
-    F_sr = excess(sr["image"][-1], lr, config.eps)              # (12)  (B, 3, h, w)
+        h2 = nets.G(lr, z2, level)                              # (2), as far as (8) needs
     F_h = excess(h1["image"][-1], lr, config.eps)               # (12)  (B, 3, h, w)
     F_real = torch.zeros_like(F_h)  # a photograph shrinks to its own LR exactly
 
@@ -126,6 +126,7 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, step: int) -> 
     loss_D = of_both(discriminator_loss, on_real, on_h)
     if config.beta:
         # D weighs the reconstruction as (10) does for G.
+        F_sr = excess(sr["image"][-1], lr, config.eps)          # (12)  (B, 3, h, w)
         on_sr = judge(nets, autocast, detached(sr), F_sr.detach())
         against_sr = of_both(discriminator_loss, on_real, on_sr)
         loss_D = (loss_D + config.beta * against_sr) / (1 + config.beta)
@@ -135,11 +136,10 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, step: int) -> 
         loss_D = loss_D + config.r1_every * config.r1_gamma / 2 * terms["R1"]
     update(nets.opt_D, loss_D)
 
-    # G step, against the D just improved: ask it again, with a slope that reaches G.
+    # G step: ask the D just improved again, with a slope that reaches G.
     on_h = judge(nets, autocast, h1, F_h)
-    g1 = h1["gradient"][:config.l_z_level][-1]
-    g2 = h2["gradient"][-1]
-    l_z = diversity_loss(g1, g2, z1, z2, config.tau)            # (8)
+    l_z = diversity_loss(h1["gradient"][level - 1], h2["gradient"][level - 1],
+                         z1, z2, config.tau)                    # (8)
     halluc = hallucination_loss(generator_loss(on_h["gradient"]),
                                 generator_loss(on_h["image"]),
                                 l_z, config.alpha)              # (11)
@@ -385,14 +385,17 @@ def load_faces(arguments, config) -> tuple[torch.Tensor, torch.Tensor]:
     """Training and validation faces, uint8 (N, 3, size, size); no face is in both."""
     if not arguments.data:
         require(not arguments.val, "--val goes with a folder of photos, not with drawn faces")
-        require(8 * config.scale % config.size == 0, "LR of drawn faces must be 8x8, 4x4 or 2x2")
+        require(config.size / config.scale in (2, 4, 8),
+                "LR of drawn faces must be 8x8, 4x4 or 2x2")
         counts = arguments.sketches, arguments.val_faces
         random = torch.rand(sum(counts), 11, generator=torch.Generator().manual_seed(0))
         drawn = [to_levels(draw_faces(part, config.size)).byte() for part in random.split(50)]
         return torch.cat(drawn).split(counts)
     train = FolderFaces(arguments.data, config.size)
-    valid = FolderFaces(arguments.val or arguments.data, config.size)
-    if not arguments.val:
+    if arguments.val:
+        valid = FolderFaces(arguments.val, config.size)
+    else:
+        valid = copy.copy(train)
         # By a hash of each path: a photo that joins the folder later moves no other.
         number = {path: path_hash(path.relative_to(arguments.data)) for path in train.paths}
         valid.paths = [path for path, n in number.items() if n % 20 == 0]
@@ -415,6 +418,12 @@ LOG_COLUMNS = ["step", "images_per_s", "D_image_real", "D_image_fake", "D_gradie
                "D_gradient_fake", "R1", "F", "L_percp", "L_grad", "L_pixel", "L_z", "image_moves",
                "tie"]
 
+VALID_COLUMNS = ["step", "faces"]
+VALID_COLUMNS += [f"{row}_{score}" for row in ("bicubic", "SR", "hallucination")
+                  for score in ("psnr", "ssim", "lr_psnr", "lpips", "realism")]
+VALID_COLUMNS += [f"hallucination_{score}"
+                  for score in ("pixel_std", "diversity", "spread", "outside", "map")]
+
 
 class Report:
     """All that happens beside the loop. It asks the device only when a line is due."""
@@ -423,18 +432,19 @@ class Report:
         self.config = config
         self.arguments = arguments
         self.nets = nets
-        self.out = run_folder(arguments)
         self.valid = from_levels(valid).to(arguments.device)
         self.judges = find_judges(arguments, faces[spread_out(len(faces), len(valid))])
-        self.best = content["best"] if content else None  # (its score, faces scored)
+        self.out = run_folder(arguments)
+        # (score, faces scored, by realism or not): a new folder begins anew.
+        goes_on = content and (self.out / "best.pt").exists()
+        self.best = content["best"] if goes_on else None
         self.step = content["step"] if content else 0
         self.terms = {}
         self.count = 0
         self.stop = False
         self.since = time.time()
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C, a scheduler, a closed window
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), self.interrupt)
+        for number in stop_signals():
+            signal.signal(number, self.interrupt)
 
     def interrupt(self, *_):
         """The first Ctrl-C lets the step end and saves; the second kills."""
@@ -504,22 +514,23 @@ class Report:
             text = "  ".join(f"{score} {value:.3f}" for score, value in scores.items())
             self.print(f"  {name:13}  {text}")
             table |= {f"{name}_{score}": value for score, value in scores.items()}
-        append_row(self.out / "valid.csv", table, list(table))
+        append_row(self.out / "valid.csv", table, VALID_COLUMNS)
         self.draw_grid()
         # Realism alone is bought with samples all alike, spread alone with torn faces.
-        # Without VGG's weights the reconstruction has to decide.
+        # Where they are not measured, the reconstruction has to decide.
         score = table["SR_psnr"]
         if self.judges:
             spread = min(max(table["hallucination_spread"], 1e-6), 1)
             score = -table["hallucination_realism"] / spread
         if self.step > self.config.warmup and self.beats_best(score):
-            self.best = (score, len(self.valid))
+            self.best = (score, len(self.valid), bool(self.judges))
             self.save("best.pt")
         self.since += time.time() - began
 
     def beats_best(self, score: float) -> bool:
-        """Scores of another number of faces do not compare: then a new count begins."""
-        return not self.best or self.best[1] != len(self.valid) or score > self.best[0]
+        """Scores of other faces, or of another kind, do not compare: all begins anew."""
+        kind = [len(self.valid), bool(self.judges)]
+        return not self.best or list(self.best[1:]) != kind or score > self.best[0]
 
     def draw_grid(self):
         """The same six faces and six z at every step."""
@@ -552,6 +563,13 @@ class Report:
         if not self.arguments.data:
             found = calibrate(self.nets.ema, self.config, self.arguments.device)
             self.print(calibration_text(found))
+
+
+def stop_signals() -> list:
+    """Ctrl-C, a scheduler's, and a closed window's, unless nohup has it ignored."""
+    known = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    return [number for number in known  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN]
 
 
 def run_folder(arguments) -> Path:
@@ -610,8 +628,7 @@ def calibration(samples: torch.Tensor, sr: torch.Tensor, truth: torch.Tensor) ->
     """Do samples (K, N, 3, H, W) show the four possibilities (4, N, 3, H, W) of each LR?
 
     "found": how many of the four, cleanly, a mean over faces; "smiles", "glasses": % of
-    samples. Clean: within 3 dB of the error that sr (N, 3, H, W) has to its own nearest
-    possibility.
+    samples. Clean: at most 3 dB worse than sr (N, 3, H, W) is to its own nearest.
     """
     def errors(images):  # (..., N, 3, H, W) -> (4, ..., N), mean squared, in grey levels
         return torch.stack([(to_levels(images) - to_levels(one)).square().mean((-3, -2, -1))
@@ -640,7 +657,7 @@ def calibrate(generator, config, device, faces: int = 100, samples: int = 10) ->
 def calibration_text(found: dict) -> str:
     """The result for a reader who has just trained for the first time."""
     return (f"Each small face fits four: smile or not, glasses or not. Ten hallucinations show "
-            f"{found['found']:.2f} of the four cleanly\n(a perfect sampler 3.80, one face repeated "
+            f"{found['found']:.2f} of the four cleanly\n(a perfect sampler 3.77, one face repeated "
             f"1); {found['smiles']:.0f} % smile and {found['glasses']:.0f} % wear glasses (50 and "
             "50 would be right).")
 
@@ -745,8 +762,8 @@ def join_processes(arguments, config):
     require(config.batch % world == 0, f"batch {config.batch} is no multiple of {world} processes")
     if dist.get_rank() > 0:  # the first one speaks, and all stop when it does
         sys.stdout = open(os.devnull, "w")
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, signal.SIG_IGN)
+        for number in stop_signals():
+            signal.signal(number, signal.SIG_IGN)
 
 
 def main(words=None):
@@ -782,11 +799,15 @@ def check_config(config):
         if name == "perceptual":
             continue  # PerceptualLoss knows its layers
         low, high = 0, 2 ** 32 - 1
-        if name in ("z_dim", "l_z_level", "r1_every", "batch", "steps"):
+        if name in ("z_dim", "r1_every", "batch", "steps"):
             low = 1
         if name in ("z_shared", "fall"):
             high = 1
         require(low <= value <= high, f"{name} must be in [{low}, {high}], got {value}")
+    levels = config.scale.bit_length() - 1
+    require(config.l_z_level <= levels,
+            f"l_z_level must be in [0, {levels}] for scale {config.scale}, got "
+            f"{config.l_z_level}")
     require(config.tau > 0, f"tau must be positive, got {config.tau}")
     require(config.ema < 1, f"ema must be below 1, got {config.ema}")
 
