@@ -76,7 +76,7 @@ SETTINGS = [
     ("fall",             0.0,   0.33,  0.4,   "4.1",    "last share of steps: rates fall"),
     ("ema",              0.999, 0.999, 0.999, "open",   "decay of the running average of G"),
     ("batch",            8,     8,     8,     "4.1",    "faces per step"),
-    ("steps",            100_000, 100_000, 2500,  "open",   "training steps"),
+    ("steps",            100_000, 100_000, 2500, "open", "training steps"),
     ("seed",             0,     0,     0,     "open",   "seed of weights, batches and noise"),
 ]
 PRESETS = {preset: {row[0]: row[column] for row in SETTINGS}
@@ -108,8 +108,7 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, step: int) -> 
     if step < config.warmup:
         return warmup_step(nets, config, perceptual, autocast, hr, lr, real)
 
-    # The lists are of all resolutions, coarse to fine; [-1] is the finest, (B, 3, H,
-    # W).
+    # Each is {"image", "gradient"}: lists, coarse to fine; [-1] is (B, 3, H, W).
     level = config.l_z_level or len(images)
     with autocast:
         sr = nets.G(lr, torch.zeros_like(z1))                   # (1)
