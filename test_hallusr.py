@@ -995,7 +995,7 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
     real = {"image": [hallusr.downscale(hr, 2), hr]}
     real["gradient"] = [edges(picture) for picture in real["image"]]
     l_z = torch.stack([(a - b).abs().mean() / ((y - z).abs().mean() + 1e-5) for a, b, y, z in
-                       zip(h1["gradient"][level - 1], h2["gradient"][level - 1], z1, z2)])  # 0: [-1]
+                       zip(h1["gradient"][level - 1], h2["gradient"][level - 1], z1, z2)])
     config = replace(config, tau=l_z.mean().item())  # one of the two is cut
     Ds = {"image": nets.D_I, "gradient": nets.D_g}
     before, calls = copy.deepcopy(Ds), []
@@ -1582,7 +1582,8 @@ def test_photos_of_a_folder_are_those_a_person_would_count(tmp_path, capsys):
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     found = [path.relative_to(folder).as_posix() for path in sample.list_photos(folder)]
     assert found == ["a.png", "album.jpg/e.webp", "b.jfif", "deep/c.JPG", "linked/f.bmp"]
-    assert ("photos: 5 photos; left out: 2 hidden, 1 .heic, 2 broken or repeated links, 1 .txt\n") in capsys.readouterr().out
+    assert ("photos: 5 photos; left out: 2 hidden, 1 .heic, 2 broken or repeated links, "
+            "1 .txt\n") in capsys.readouterr().out
 
 
 def test_a_photo_is_held_out_or_not_however_its_path_is_spelt():

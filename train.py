@@ -65,7 +65,7 @@ SETTINGS = [
     ("beta",             0.1,   0.0,   0.1,   "4.1",    "weight of z = 0 in both players' L_adv"),
     ("alpha",            1.0,   4.0,   5.0,   "4.1",    "weight of L_z (8) in (11)"),
     ("tau",              1.0,   1.0,   0.02,  "open",   "ceiling of L_z (8)"),
-    ("l_z_level",        0,     1,     0,     "open",   "(8) sees 1, the coarsest, to 0, the finest"),
+    ("l_z_level",        0,     1,     0,     "open",   "what (8) sees: 1 coarsest, 0 finest"),
     ("tie",              0.0,   0.0,   1.0,   "2.3",    "weight of |g - gradient of I|"),
     ("pixel",            0.0,   10.0,  0.0,   "2.3",    "weight of L1 on pixels at z = 0"),
     ("warmup",           0,     3000,  600,   "2.3",    "first steps: G alone, at z = 0"),
