@@ -397,10 +397,7 @@ class Generator(nn.Module):
 
 @torch.no_grad()
 def sample(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """The finest image alone, as it would be saved: (N, 3, H, W) on 8-bit levels.
-
-    lr (N, 3, h, w); z (N, z_dim, h, w): 0 reconstructs. Needs: quantize.
-    """
+    """The finest image alone, as saved: (N, 3, H, W) on 8-bit levels. Needs: quantize."""
     return quantize(generator(lr, z)["image"][-1])
 
 
@@ -641,8 +638,10 @@ def rank_histogram(samples: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     where samples are too much alike. Needs: to_levels.
     """
     require_samples(samples, truth)
-    below = (to_levels(samples) < to_levels(truth)).sum(0)      # (N, 3, H, W)
-    equal = (to_levels(samples) == to_levels(truth)).sum(0)     # (N, 3, H, W)
+    samples = to_levels(samples)
+    truth = to_levels(truth)
+    below = (samples < truth).sum(0)                            # (N, 3, H, W)
+    equal = (samples == truth).sum(0)                           # (N, 3, H, W)
     shares = []
     for rank in range(len(samples) + 1):
         # A value that equals two samples may have three ranks: a third to each.

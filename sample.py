@@ -27,7 +27,6 @@ import math
 import re
 import sys
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -133,20 +132,23 @@ def list_photos(folder: str | Path) -> list[Path]:
     left_out = Counter()
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in seen:
+        real = os.path.realpath(place)
+        if real in seen:
             folders.clear()
             continue
-        seen.add(os.path.realpath(place))
+        seen.add(real)
         left_out["hidden"] += sum(name[0] == "." for name in folders + files)
         folders[:] = sorted(name for name in folders if name[0] != ".")
         for path in (Path(place, name) for name in sorted(files) if name[0] != "."):
-            if path.suffix.lower() not in readable:
-                left_out[path.suffix.lower() or "no ending"] += 1
-            elif not path.is_file() or os.path.realpath(path) in seen:
+            ending = path.suffix.lower()
+            real = os.path.realpath(path)
+            if ending not in readable:
+                left_out[ending or "no ending"] += 1
+            elif not path.is_file() or real in seen:
                 left_out["broken or repeated links"] += 1
             elif path.name != "grid.png" or not path.with_name("last.pt").exists():
                 photos.append(path)
-                seen.add(os.path.realpath(path))
+                seen.add(real)
     skipped = ", ".join(f"{number} {kind}" for kind, number in left_out.items() if number)
     if skipped:
         print(f"{folder}: {len(photos)} photos; left out: {skipped}")
@@ -222,22 +224,23 @@ def evaluate_batch(generator, hr, lr, z, lpips=None) -> tuple[dict, dict]:
     scores, maps = zip(*[score(image, hr, lr, lpips) for image in hallucinations])
     mean = {name: torch.stack([row[name] for row in scores]).mean(0) for name in scores[0]}
     mean["lr_psnr"] = mean_decibel(torch.stack([row["lr_psnr"] for row in scores]))
-    mean["pixel_std"] = std_map(hallucinations).mean((1, 2, 3))
+    deviation = std_map(hallucinations)                         # (N, 3, H, W)
+    mean["pixel_std"] = deviation.mean((1, 2, 3))
     if lpips is not None:
         mean["diversity"] = diversity_score(torch.stack(maps))
     if len(z) > 1:
-        mean |= spread_scores(hallucinations, hr)
+        mean |= spread_scores(hallucinations, deviation, hr)
     return rows | {"hallucination": mean}, images
 
 
-def spread_scores(samples: torch.Tensor, hr: torch.Tensor) -> dict:
+def spread_scores(samples: torch.Tensor, deviation: torch.Tensor, hr: torch.Tensor) -> dict:
     """Do samples (K, N, 3, H, W) differ from each other as much as from the truth?"""
     variance, error = spread_and_error(samples, hr)
     ranks = rank_histogram(samples, hr)                         # (N, K + 1)
     missed = (samples.mean(0) - hr).abs()                       # (N, 3, H, W)
     return {"variance": variance, "error": error, "ranks": ranks,
             "outside": 100 * (ranks[:, 0] + ranks[:, -1]),
-            "map": correlation(std_map(samples), missed)}
+            "map": correlation(deviation, missed)}
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -338,15 +341,6 @@ def without_infinity(value):
     if isinstance(value, dict):
         return {name: without_infinity(part) for name, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def warn_of_failure(what: str):
-    """A side file that cannot be written is one warning, and no reason to stop."""
-    try:
-        yield
-    except OSError as error:
-        print(f"WARNING: no {what}: {error}")
 
 
 # ---- Pictures ------------------------------------------------------------------------

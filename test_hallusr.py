@@ -6,6 +6,8 @@ import ast
 import contextlib
 import copy
 import csv
+import importlib.machinery
+import importlib.util
 import json
 import math
 import os
@@ -2015,6 +2017,21 @@ def test_a_reader_of_samples_that_leaves_is_no_error(tmp_path):
 def test_the_benchmark_prints_what_a_step_costs(workplace):
     code, printed = run_script(f"python .ci/benchmark {TINY_FLAGS}", workplace)
     assert code == 0 and re.search(r"ms per step, [\d.]+ images/s; data", printed), printed
+
+
+def test_the_benchmark_counts_each_step_once_however_often_it_calls_g(monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    loader = importlib.machinery.SourceFileLoader("benchmark", str(HERE / ".ci/benchmark"))
+    benchmark = importlib.util.module_from_spec(importlib.util.spec_from_loader("benchmark", loader))
+    loader.exec_module(benchmark)
+    nets, config = train.Networks(tiny(), "cpu"), tiny()
+    times = benchmark.Times(nets, "cpu")
+    for step in range(3):
+        one_step(nets, config, "cpu", step)
+        times.mark("EMA")
+        times.end_step()
+    assert {part: len(ms) for part, ms in times.ms.items()} == dict.fromkeys(times.ms, 3)
+    assert all(value > 0 for ms in times.ms.values() for value in ms)
 
 
 def test_sample_writes_what_it_promises(workplace, monkeypatch, capsys):

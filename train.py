@@ -42,7 +42,7 @@ from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism,
                      require, sample, save_checkpoint, to_levels)
 from sample import (FolderFaces, contact_sheet, count, evaluate, find_device,
                     folder_argument, path_argument, run_as_script, spread_out, stack,
-                    summarize, warn_of_failure, write_image)
+                    summarize, write_image)
 
 # ---- Settings: a line each -----------------------------------------------------------
 
@@ -528,8 +528,8 @@ class Report:
 
     def beats_best(self, score: float) -> bool:
         """Scores of other faces, or of another kind, do not compare: all begins anew."""
-        kind = [len(self.valid), bool(self.judges)]
-        return not self.best or list(self.best[1:]) != kind or score > self.best[0]
+        kind = (len(self.valid), bool(self.judges))
+        return not self.best or self.best[1:] != kind or score > self.best[0]
 
     def draw_grid(self):
         """The same six faces and six z at every step."""
@@ -584,6 +584,15 @@ def run_folder(arguments) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     (out / "log.csv").touch(exist_ok=False)  # of two runs at one moment, one fails here
     return out
+
+
+@contextlib.contextmanager
+def warn_of_failure(what: str):
+    """A side file that cannot be written is one warning, and no reason to stop."""
+    try:
+        yield
+    except OSError as error:
+        print(f"WARNING: no {what}: {error}")
 
 
 def append_row(path: Path, row: dict, columns: list[str]):
