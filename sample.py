@@ -481,7 +481,7 @@ def parse_arguments(words=None):
          help="which photos of the folder, in order of name (default: all)")
     flag("--out", default="samples", type=path_argument,
          help="folder for results (default: samples)")
-    flag("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if found)")
     found = parser.parse_args(words)
     if not (found.photos or found.evaluate or found.lr):
         found.photos = [str(assets / "astronaut.png")]
@@ -521,10 +521,18 @@ def span(words: str) -> slice:
 
 
 def find_device(name: str) -> str:
-    """cpu or cuda; auto is cuda where there is one. ValueError for a missing GPU."""
-    require(name != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no GPU here")
+    """A device of torch's; auto is the accelerator that torch finds, else cpu.
+
+    Raises ValueError where there is no such device.
+    """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if hasattr(torch, "accelerator") and torch.accelerator.is_available():
+            return torch.accelerator.current_accelerator().type
+        return "cuda" if torch.cuda.is_available() else "cpu"  # before torch 2.6
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: torch finds no such device here") from error
     return name
 
 

@@ -2191,6 +2191,17 @@ def test_mistakes_end_with_one_sentence(command, words, expected, workplace):
     assert code == expected and re.search(words, printed, re.M) and "Traceback" not in printed
 
 
-def test_a_missing_gpu_is_named():
-    with pytest.raises(ValueError, match="finds no GPU"):
-        sample.find_device("cuda")
+@pytest.mark.parametrize("name", ["cuda:99", "mps", "gpu"])
+def test_a_missing_device_is_named(name):
+    with pytest.raises(ValueError, match=f"^--device {name}: torch finds no such device here$"):
+        sample.find_device(name)
+
+
+def test_auto_is_the_accelerator_that_torch_finds(monkeypatch):
+    there = SimpleNamespace(is_available=lambda: True,
+                            current_accelerator=lambda: torch.device("mps"))
+    monkeypatch.setattr(torch, "accelerator", there, raising=False)
+    assert sample.find_device("auto") == "mps"
+    monkeypatch.delattr(torch, "accelerator")  # before torch 2.6
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sample.find_device("auto") == "cpu"

@@ -292,7 +292,8 @@ def train(config, arguments, perceptual, faces, valid, content: dict | None = No
     world = processes()
     rank = dist.get_rank() if world > 1 else 0
     report = Report(config, arguments, nets, faces, valid, content) if rank == 0 else None
-    autocast = torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.amp)
+    kind = torch.device(arguments.device).type
+    autocast = torch.autocast(kind, torch.bfloat16, enabled=arguments.amp)
 
     for step in range(start, config.steps):
         nets.set_learning_rates(config, step)
@@ -689,7 +690,7 @@ def build_parser() -> argparse.ArgumentParser:
     run("--resume", type=path_argument, help="go on from this last.pt, with its settings")
     run("--preset", choices=list(PRESETS),
         help="a column of settings (default: photos with --data, else drawn)")
-    run("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if found)")
     run("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: if it pays)")
     run("--sketches", type=count, help="faces to draw (default: 2000)")
     run("--val-faces", type=count, help="faces to validate on (default: 128)")
@@ -748,10 +749,11 @@ def load_run(arguments) -> dict:
 
 def bfloat16_pays(device: str) -> bool:
     """Does this machine compute in bfloat16 so much faster that lost digits are worth it?"""
-    if device == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if "LOCAL_RANK" in os.environ:
-        return False  # torchrun's processes must agree, and two timings might not
+    if kind != "cpu" or "LOCAL_RANK" in os.environ:
+        return False  # not tried; torchrun's processes must agree, and two timings might not
     def seconds(dtype):  # some CPUs have bfloat16 and are slower in it
         square = torch.ones(512, 512, dtype=dtype)
         return min(timeit.repeat(lambda: square @ square, number=1))
