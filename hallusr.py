@@ -466,7 +466,7 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """
     require_same(image, truth, "image and truth")
     require(min(image.shape[-2:]) >= 11, f"SSIM needs sides of 11, got {tuple(image.shape[-2:])}")
-    offsets = torch.arange(11, device=image.device, dtype=torch.double) - 5
+    offsets = torch.arange(11, dtype=torch.double) - 5
     window = torch.softmax(-offsets.square() / (2 * 1.5 ** 2), 0)  # its sum is 1
 
     def local_mean(x):
@@ -474,9 +474,10 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         x = fn.conv2d(x, window.view(1, 1, 11, 1))              # (N*C, 1, H-10, W)
         return fn.conv2d(x, window.view(1, 1, 1, 11))           # (N*C, 1, H-10, W-10)
 
-    # Variances are small differences of large squares: float32 would lose them.
-    a = to_levels(image).double()
-    b = to_levels(truth).double()
+    # Variances are small differences of large squares: float32 would lose them. On the
+    # CPU, as not every device has float64.
+    a = to_levels(image).cpu().double()
+    b = to_levels(truth).cpu().double()
     mean_a = local_mean(a)
     mean_b = local_mean(b)
     var_a = local_mean(a * a) - mean_a.square()
@@ -486,7 +487,7 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     c2 = (0.03 * 255) ** 2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a.square() + mean_b.square() + c1)
     structure = (2 * cov + c2) / (var_a + var_b + c2)
-    return (luminance * structure).view(len(image), -1).mean(1).float()
+    return (luminance * structure).view(len(image), -1).mean(1).to(image.device, torch.float)
 
 
 class LPIPS(nn.Module):

@@ -1253,6 +1253,26 @@ def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
         run_training(tmp_path / "file")
 
 
+def test_init_starts_from_a_trained_generator(tmp_path):
+    run_training(tmp_path / "first")
+    first = tmp_path / "first/last.pt"
+    # At rates of 0 nothing moves, and what G starts from can be seen at the end.
+    still = ["--learning-rate-g", "0", "--learning-rate-d", "0", "--seed", "1"]
+    run_training(tmp_path / "second", "--init", str(first), *still)
+    given = torch.load(first)["generator"]
+    found = torch.load(tmp_path / "second/last.pt")
+    for name, weight in given.items():
+        assert torch.equal(found["G"][name], weight)
+        assert torch.allclose(found["generator"][name], weight, atol=1e-6)
+    words = ["--data", str(tmp_path), "--init", str(first)]
+    assert train.prepare(words)[1].warmup == 0
+    assert train.prepare([*words, "--warmup", "7"])[1].warmup == 7
+    with pytest.raises(ValueError, match="first/last.pt has z_dim 5, and this run 6$"):
+        run_training(tmp_path / "third", "--init", str(first), "--z-dim", "6")
+    with pytest.raises(ValueError, match="no --init$"):
+        train.prepare(["--resume", str(first), "--init", str(first)])
+
+
 @pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_saves_and_says_how_to_resume(signal, tmp_path, monkeypatch, capsys):
     step_done = train.Report.step_done

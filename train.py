@@ -37,9 +37,9 @@ import torch.distributed as dist
 from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism,
                      check_architecture, discriminator_loss, diversity_loss, downscale,
                      draw_z, excess, from_levels, generator_loss, gradient_loss,
-                     hallucination_loss, image_gradient, load_checkpoint, load_weights,
-                     project_onto_lr, pyramid, quantize, r1_penalty, reconstruction_loss,
-                     require, sample, save_checkpoint, to_levels)
+                     hallucination_loss, image_gradient, load_checkpoint, load_generator,
+                     load_weights, project_onto_lr, pyramid, quantize, r1_penalty,
+                     reconstruction_loss, require, sample, save_checkpoint, to_levels)
 from sample import (FolderFaces, contact_sheet, count, evaluate, find_device,
                     folder_argument, path_argument, run_as_script, spread_out, stack,
                     summarize, write_image)
@@ -277,6 +277,15 @@ class Networks:
         self.opt_G.load_state_dict(content["opt_G"])
         self.opt_D.load_state_dict(content["opt_D"])
 
+    def start_from(self, path):
+        """G and its average begin as a trained generator; the discriminators begin anew."""
+        trained = load_generator(path)
+        for name, value in self.G.settings.items():
+            require(trained.settings[name] == value,
+                    f"{path} has {name} {trained.settings[name]}, and this run {value}")
+        self.G.load_state_dict(trained.state_dict())
+        self.ema.load_state_dict(trained.state_dict())
+
 
 # ---- The loop ------------------------------------------------------------------------
 
@@ -287,6 +296,8 @@ def train(config, arguments, perceptual, faces, valid, content: dict | None = No
     if content:
         nets.load(content, arguments.resume)
         start = content["step"]
+    elif arguments.init:
+        nets.start_from(arguments.init)
     # Under torchrun every process takes its share of each batch, and the first one
     # reports.
     world = processes()
@@ -688,6 +699,8 @@ def build_parser() -> argparse.ArgumentParser:
     run("--out", type=path_argument,
         help="folder for results (default: a new one in runs, or where --resume lies)")
     run("--resume", type=path_argument, help="go on from this last.pt, with its settings")
+    run("--init", type=path_argument,
+        help="start G from this checkpoint's generator, with new discriminators and no warm-up")
     run("--preset", choices=list(PRESETS),
         help="a column of settings (default: photos with --data, else drawn)")
     run("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if found)")
@@ -718,6 +731,8 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
         if arguments.steps:
             # A short run must reach z too.
             values["warmup"] = min(values["warmup"], arguments.steps // 2)
+        if arguments.init:
+            values["warmup"] = 0  # a trained G knows the reconstruction
     for name, value in values.items():
         if getattr(arguments, name, None) is None:
             setattr(arguments, name, value)
@@ -734,6 +749,7 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
 def load_run(arguments) -> dict:
     """The checkpoint that --resume names. ValueError for one that cannot go on."""
     require(not arguments.preset, "--resume has the settings of its run: no --preset")
+    require(not arguments.init, "--resume goes on with its own G: no --init")
     path = Path(arguments.resume)
     content = load_checkpoint(path)
     require("opt_G" in content, f"{path} holds a generator alone: it cannot be trained on")
