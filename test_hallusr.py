@@ -2042,7 +2042,8 @@ def test_the_benchmark_prints_what_a_step_costs(workplace):
 def test_the_benchmark_counts_each_step_once_however_often_it_calls_g(monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     loader = importlib.machinery.SourceFileLoader("benchmark", str(HERE / ".ci/benchmark"))
-    benchmark = importlib.util.module_from_spec(importlib.util.spec_from_loader("benchmark", loader))
+    spec = importlib.util.spec_from_loader("benchmark", loader)
+    benchmark = importlib.util.module_from_spec(spec)
     loader.exec_module(benchmark)
     nets, config = train.Networks(tiny(), "cpu"), tiny()
     times = benchmark.Times(nets, "cpu")

@@ -703,7 +703,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="start G from this checkpoint's generator, with new discriminators and no warm-up")
     run("--preset", choices=list(PRESETS),
         help="a column of settings (default: photos with --data, else drawn)")
-    run("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if found)")
+    run("--device", default="auto",
+        help="cpu, cuda, cuda:1, mps, ... (default: a GPU if found)")
     run("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: if it pays)")
     run("--sketches", type=count, help="faces to draw (default: 2000)")
     run("--val-faces", type=count, help="faces to validate on (default: 128)")
