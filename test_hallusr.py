@@ -1961,7 +1961,8 @@ def workplace(tmp_path_factory):
             save_image(torch.rand(3, 70, 64 + i), folder / name / f"{i}.png")
     save_image(torch.rand(3, 70, 80), folder / "me.jpg")
     save_image(torch.rand(3, 8, 8), folder / "small.png")
-    train.main(shlex.split(TINY_FLAGS) + ["--z-shared", "0.7", "--out", str(folder / "runs/photos")])
+    as_photos = ["--z-shared", "0.7"]
+    train.main([*shlex.split(TINY_FLAGS), *as_photos, "--out", str(folder / "runs/photos")])
     return folder
 
 
