@@ -983,11 +983,12 @@ def assert_left(module, gradients):
 
 @pytest.mark.parametrize("step, every, times", [(5, 1, 1), (7, 1, 1), (8, 4, 4), (7, 4, 0),
                                                 (4, 1, None)])  # the last is of the warm-up
-@pytest.mark.parametrize("beta, level", [(0.5, 0), (0.0, 1)])
-def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta, level):
+@pytest.mark.parametrize("beta, level, falls", [(0.5, 0, False), (0.0, 1, True)])
+def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta, level, falls):
     config = tiny(gamma=2.0, beta=beta, alpha=3.0, tie=3.0, pixel=5.0, eps=0.3, warmup=5,
                   r1_gamma=6.0, r1_every=every, learning_rate_g=1e-30, learning_rate_d=1e-3,
-                  l_z_level=level)
+                  l_z_level=level, alpha_falls=falls, steps=10, fall=0.5)
+    alpha = 3 * {4: 1, 5: 1, 7: 0.1 ** 0.8, 8: 0.1 ** 1.2}[step] if falls else 3
     nets, playing, edges = train.Networks(config, "cpu"), times is not None, hallusr.image_gradient
     hr, z1, z2 = levels(2, 3, 16, 16), *torch.randn(2, 2, 5, 4, 4)
     lr = hallusr.quantize(hallusr.downscale(hr, 4))
@@ -1029,7 +1030,7 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
     loss = loss + 3 * (sum(ties) / 2 if playing else ties[0])
     if playing:
         loss = loss + beta * adversarial(sr, 0)                                     # (10)
-        loss = loss + adversarial(h1, 1) - 3 * l_z.clamp(max=config.tau).mean()     # (11)
+        loss = loss + adversarial(h1, 1) - alpha * l_z.clamp(max=config.tau).mean()  # (11)
     assert_left(nets.G, torch.autograd.grad(loss, list(nets.G.parameters())))
 
 

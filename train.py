@@ -61,15 +61,16 @@ SETTINGS = [
     ("hard_consistency", False, True,  True,  "(9)",    "make DS(image) = LR inside G"),
     ("eps",              12.75, 12.75, 12.75, "4.2",    "F ignores so many grey levels"),
     ("perceptual",       "relu2_2", "relu3_3", "pixels", "open", "VGG-16 layer of (6), or pixels"),
-    ("gamma",            10.0,  2.0,   10.0,  "4.1",    "weight of (6) and (7) in (10)"),
+    ("gamma",            10.0,  2.0,   5.0,   "4.1",    "weight of (6) and (7) in (10)"),
     ("beta",             0.1,   0.0,   0.1,   "4.1",    "weight of z = 0 in both players' L_adv"),
-    ("alpha",            1.0,   4.0,   5.0,   "4.1",    "weight of L_z (8) in (11)"),
-    ("tau",              1.0,   1.0,   0.02,  "open",   "ceiling of L_z (8)"),
-    ("l_z_level",        0,     1,     0,     "open",   "what (8) sees: 1 coarsest, 0 finest"),
+    ("alpha",            1.0,   4.0,   4.0,   "4.1",    "weight of L_z (8) in (11)"),
+    ("alpha_falls",      False, False, True,  "4.1",    "alpha falls at the end, to a hundredth"),
+    ("tau",              1.0,   1.0,   1.0,   "open",   "ceiling of L_z (8)"),
+    ("l_z_level",        0,     1,     1,     "open",   "what (8) sees: 1 coarsest, 0 finest"),
     ("tie",              0.0,   0.0,   1.0,   "2.3",    "weight of |g - gradient of I|"),
     ("pixel",            0.0,   10.0,  0.0,   "2.3",    "weight of L1 on pixels at z = 0"),
     ("warmup",           0,     3000,  600,   "2.3",    "first steps: G alone, at z = 0"),
-    ("r1_gamma",         10.0,  1.0,   1.0,   "open",   "weight of R1, not (10)'s gamma"),
+    ("r1_gamma",         10.0,  1.0,   10.0,  "open",   "weight of R1, not (10)'s gamma"),
     ("r1_every",         1,     16,    16,    "2.3",    "steps from one R1 to the next"),
     ("learning_rate_g",  1e-4,  5e-4,  1e-3,  "4.1",    "Adam's learning rate for G"),
     ("learning_rate_d",  4e-4,  5e-4,  1e-3,  "open",   "Adam's learning rate for D_I and D_g"),
@@ -139,9 +140,10 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, step: int) -> 
     on_h = judge(nets, autocast, h1, F_h)
     l_z = diversity_loss(h1["gradient"][level - 1], h2["gradient"][level - 1],
                          z1, z2, config.tau)                    # (8)
+    # Once z acts, L_z has done its work: what it pays for later is noise.
+    alpha = config.alpha * (fallen(config, step) ** 2 if config.alpha_falls else 1)
     halluc = hallucination_loss(generator_loss(on_h["gradient"]),
-                                generator_loss(on_h["image"]),
-                                l_z, config.alpha)              # (11)
+                                generator_loss(on_h["image"]), l_z, alpha)  # (11)
     adv_g = adv_i = 0.0
     if config.beta:
         on_sr = judge(nets, autocast, sr, F_sr)
@@ -223,6 +225,12 @@ def update(optimizer, loss: torch.Tensor):
     optimizer.step()
 
 
+def fallen(config, step: int) -> float:
+    """1, and over the last share `fall` of the steps down to a tenth."""
+    left = 1 - step / config.steps
+    return 0.1 ** (1 - left / config.fall) if left < config.fall else 1.0
+
+
 def processes() -> int:
     """How many there are under torchrun; 1 without, or where torch lacks distributed."""
     together = dist.is_available() and dist.is_initialized()
@@ -252,8 +260,7 @@ class Networks:
 
     def set_learning_rates(self, config, step: int):
         """Adam's rates: over the last share `fall` of the steps they fall to a tenth."""
-        left = 1 - step / config.steps
-        factor = 0.1 ** (1 - left / config.fall) if left < config.fall else 1.0
+        factor = fallen(config, step)
         self.opt_G.param_groups[0]["lr"] = factor * config.learning_rate_g
         self.opt_D.param_groups[0]["lr"] = factor * config.learning_rate_d
 
