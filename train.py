@@ -140,10 +140,9 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, step: int) -> 
     on_h = judge(nets, autocast, h1, F_h)
     l_z = diversity_loss(h1["gradient"][level - 1], h2["gradient"][level - 1],
                          z1, z2, config.tau)                    # (8)
-    # Once z acts, L_z has done its work: what it pays for later is noise.
-    alpha = config.alpha * (fallen(config, step) ** 2 if config.alpha_falls else 1)
     halluc = hallucination_loss(generator_loss(on_h["gradient"]),
-                                generator_loss(on_h["image"]), l_z, alpha)  # (11)
+                                generator_loss(on_h["image"]),
+                                l_z, alpha_at(config, step))    # (11)
     adv_g = adv_i = 0.0
     if config.beta:
         on_sr = judge(nets, autocast, sr, F_sr)
@@ -229,6 +228,12 @@ def fallen(config, step: int) -> float:
     """1, and over the last share `fall` of the steps down to a tenth."""
     left = 1 - step / config.steps
     return 0.1 ** (1 - left / config.fall) if left < config.fall else 1.0
+
+
+def alpha_at(config, step: int) -> float:
+    """The weight of L_z at a step."""
+    # Once z acts, L_z has done its work: what it pays for later is noise.
+    return config.alpha * fallen(config, step) ** 2 if config.alpha_falls else config.alpha
 
 
 def processes() -> int:
