@@ -62,7 +62,7 @@ SETTINGS = [
     ("eps",              12.75, 12.75, 12.75, "4.2",    "F ignores so many grey levels"),
     ("perceptual",       "relu2_2", "relu3_3", "pixels", "open", "VGG-16 layer of (6), or pixels"),
     ("gamma",            10.0,  2.0,   5.0,   "4.1",    "weight of (6) and (7) in (10)"),
-    ("beta",             0.1,   0.0,   0.1,   "4.1",    "weight of z = 0 in both players' L_adv"),
+    ("beta",             0.1,   0.1,   0.1,   "4.1",    "weight of z = 0 in both players' L_adv"),
     ("alpha",            1.0,   4.0,   4.0,   "4.1",    "weight of L_z (8) in (11)"),
     ("alpha_falls",      False, False, True,  "4.1",    "alpha falls at the end, to a hundredth"),
     ("tau",              1.0,   1.0,   1.0,   "open",   "ceiling of L_z (8)"),
