@@ -887,6 +887,19 @@ def test_wrong_checkpoints_are_named(spoil, words, tmp_path):
 # ---- Training ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("users, used", [(None, 1), ("2", 2)])
+def test_drawn_faces_train_on_one_thread_unless_the_user_says_otherwise(tmp_path, users, used):
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if users:
+        env["OMP_NUM_THREADS"] = users
+    program = ("import sys, torch, train\ntrain.main(sys.argv[1:])\n"
+               "print('threads', torch.get_num_threads())")
+    words = shlex.split(TINY_FLAGS) + ["--steps", "1", "--out", str(tmp_path)]
+    ran = subprocess.run([sys.executable, "-c", program, *words], env=env,
+                         cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert f"threads {used}" in ran.stdout, ran.stderr
+
+
 def run_training(out, *flags):
     """train.py in this process; returns the content of last.pt."""
     train.main(shlex.split(TINY_FLAGS) + ["--out", str(out), *flags])

@@ -807,6 +807,9 @@ def join_processes(arguments, config):
 
 def main(words=None):
     arguments, config, content = prepare(words)
+    if not arguments.data and "OMP_NUM_THREADS" not in os.environ:
+        # Small images gain little from a second thread, and lose much beside a busy program.
+        torch.set_num_threads(1)
     join_processes(arguments, config)
     if config.warmup >= config.steps:
         print(f"WARNING: all {config.steps} steps are warm-up, and z will mean nothing: raise "
