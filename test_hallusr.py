@@ -895,9 +895,9 @@ def test_drawn_faces_train_on_one_thread_unless_the_user_says_otherwise(tmp_path
     program = ("import sys, torch, train\ntrain.main(sys.argv[1:])\n"
                "print('threads', torch.get_num_threads())")
     words = shlex.split(TINY_FLAGS) + ["--steps", "1", "--out", str(tmp_path)]
-    ran = subprocess.run([sys.executable, "-c", program, *words], env=env,
-                         cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert f"threads {used}" in ran.stdout, ran.stderr
+    done = subprocess.run([sys.executable, "-c", program, *words], env=env, cwd=HERE,
+                          capture_output=True, text=True, timeout=120)
+    assert f"threads {used}" in done.stdout, done.stderr
 
 
 def run_training(out, *flags):
