@@ -66,7 +66,8 @@ def downscale(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
 def upscale_nearest(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
     """Repeat every pixel, so that downscale undoes it. (N, C, h, w) -> (N, C, H, W)."""
     size = (x.shape[-2] * factor, x.shape[-1] * factor)
-    return fn.interpolate(x, size, mode="nearest")
+    # Plain "nearest" takes a wrong neighbour by some factors, 41 the smallest of them.
+    return fn.interpolate(x, size, mode="nearest-exact")
 
 
 def pyramid(x: torch.Tensor, resolutions: int = 3) -> list[torch.Tensor]:

@@ -139,6 +139,13 @@ def test_upscale_nearest_repeats_and_is_undone_by_downscale():
     torch.testing.assert_close(hallusr.downscale(large, 4), x)
 
 
+def test_upscale_nearest_repeats_by_every_factor():
+    x = torch.randn(1, 1, 2, 3)
+    for factor in range(1, 257):
+        expected = x.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        assert torch.equal(hallusr.upscale_nearest(x, factor), expected), factor
+
+
 def test_pyramid_runs_coarse_to_fine():
     x = images(2, 3, 16, 16)
     coarse, middle, fine = hallusr.pyramid(x, 3)
