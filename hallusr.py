@@ -610,6 +610,7 @@ def diversity_score(maps: torch.Tensor) -> torch.Tensor:
     when all samples are alike. Noise raises it too: read it beside LPIPS.
     """
     require(maps.ndim == 4, f"maps must be (K, N, H, W), got {tuple(maps.shape)}")
+    maps = maps.float()  # half precision has no 1e-12
     best_sample = maps.mean((2, 3)).min(0).values               # (N,)
     best_pixels = maps.min(0).values.mean((1, 2))               # (N,)
     return 100 * (best_sample - best_pixels) / best_sample.clamp(min=1e-12)  # no 0 / 0

@@ -477,6 +477,25 @@ def test_diversity_score_by_hand():
     torch.testing.assert_close(hallusr.diversity_score(two_faces), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("metric, shapes", [
+    (hallusr.psnr, [(2, 3, 16, 16), (2, 3, 16, 16)]),
+    (hallusr.ssim, [(2, 3, 16, 16), (2, 3, 16, 16)]),
+    (hallusr.lr_psnr, [(2, 3, 16, 16), (2, 3, 4, 4)]),
+    (hallusr.std_map, [(4, 2, 3, 8, 8)]),
+    (hallusr.spread_and_error, [(4, 2, 3, 8, 8), (2, 3, 8, 8)]),
+    (hallusr.rank_histogram, [(4, 2, 3, 8, 8), (2, 3, 8, 8)]),
+    (lambda x: hallusr.diversity_score(x.abs()), [(4, 2, 8, 8)]),
+    (lambda x: hallusr.diversity_score(0 * x), [(4, 2, 8, 8)]),
+    pytest.param(lambda a, b: LPIPS().with_map(a, b), [(2, 3, 32, 32), (2, 3, 32, 32)],
+                 marks=needs_lpips),
+    pytest.param(lambda a, b: hallusr.Realism(a)(b), [(9, 3, 32, 32), (9, 3, 32, 32)],
+                 marks=needs_vgg)])
+def test_half_precision_is_scored_as_its_float32_values(metric, shapes, dtype):
+    inputs = [images(*shape).to(dtype) for shape in shapes]
+    torch.testing.assert_close(metric(*inputs), metric(*[x.float() for x in inputs]))
+
+
 def test_pixel_std_by_hand():
     samples = torch.tensor([10.0, 14.0, 18.0, 22.0]).view(4, 1, 1, 1, 1) / 127.5 - 1
     found = hallusr.std_map(samples.expand(4, 2, 3, 2, 2)).mean((1, 2, 3))
