@@ -32,10 +32,13 @@ from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
 # ---- Image space: 8-bit levels, shrinking, enlarging ---------------------------------
 
 def to_levels(x: torch.Tensor) -> torch.Tensor:
-    """Floats, clamped to [-1, 1], as 8-bit values 0, 1, ..., 255 (still floats)."""
+    """Floats, clamped to [-1, 1], as 8-bit values 0, 1, ..., 255 (still floats).
+
+    It has no gradient, as rounding's is 0: what learns through it needs quantize.
+    """
     require_floats(x)
     # bfloat16 has too few digits for 256 levels.
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round()
+    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round()
 
 
 def from_levels(levels: torch.Tensor) -> torch.Tensor:
@@ -48,7 +51,7 @@ def quantize(x: torch.Tensor) -> torch.Tensor:
 
     The rounding of (12), "to the closest colour value". Needs: to_levels, from_levels.
     """
-    rounded = from_levels(to_levels(x.detach()))
+    rounded = from_levels(to_levels(x))
     # Rounding is flat, so nothing could learn through it. This line is `rounded`
     # forward, with slope 1 backward: section 3.1's straight-through estimator.
     return x - x.detach() + rounded
@@ -438,7 +441,7 @@ class Discriminator(nn.Module):
         return self.to_logits(features)                         # (N, 1, h, w)
 
 
-# ---- 4.2 Metrics: all but LPIPS round to 8 bits first --------------------------------
+# ---- 4.2 Metrics: all but LPIPS round to 8 bits first, and have no gradient ----------
 
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB, on 8-bit RGB. Infinite where both agree.

@@ -456,6 +456,22 @@ def test_ssim_against_loops():
     torch.testing.assert_close(hallusr.ssim(a, a), torch.ones(2))
 
 
+@pytest.mark.parametrize("score", [
+    hallusr.to_levels,
+    lambda x: hallusr.psnr(x, images(2, 3, 16, 16)),
+    lambda x: hallusr.ssim(x, images(2, 3, 16, 16)),
+    lambda x: hallusr.lr_psnr(x, levels(2, 3, 4, 4)),
+    lambda x: hallusr.std_map(torch.stack([x, -x])),
+    lambda x: hallusr.spread_and_error(torch.stack([x, -x]), images(2, 3, 16, 16))[0],
+    lambda x: hallusr.spread_and_error(torch.stack([x, -x]), images(2, 3, 16, 16))[1],
+    lambda x: hallusr.rank_histogram(torch.stack([x, -x]), images(2, 3, 16, 16)),
+    pytest.param(lambda x: hallusr.Realism(images(9, 3, 16, 16))(x), marks=needs_vgg)])
+def test_a_score_that_rounds_is_no_loss_and_says_so(score):
+    image = images(2, 3, 16, 16).requires_grad_()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        score(image).sum().backward()
+
+
 @pytest.mark.parametrize("layer", hallusr.VGG_LAYERS)
 def test_a_vgg_layer_is_what_its_name_says(layer):
     with torch.device("meta"):
