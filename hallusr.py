@@ -448,7 +448,7 @@ def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
     Two (N, C, H, W) in [-1, 1] -> (N,). Needs: to_levels.
     """
-    require_same(image, truth, "image and truth")
+    require_truth(image, truth)
     error = (to_levels(image) - to_levels(truth)).square().mean((1, 2, 3))
     return 10 * torch.log10(255 ** 2 / error)                   # (N,)
 
@@ -468,7 +468,7 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     Two (N, C, H, W) in [-1, 1], sides of 11 or more -> (N,). Window 11x11, Gaussian of
     sigma 1.5, whole windows only; K = 0.01 and 0.03. Needs: to_levels.
     """
-    require_same(image, truth, "image and truth")
+    require_truth(image, truth)
     require(min(image.shape[-2:]) >= 11, f"SSIM needs sides of 11, got {tuple(image.shape[-2:])}")
     offsets = torch.arange(11, dtype=torch.double) - 5
     window = torch.softmax(-offsets.square() / (2 * 1.5 ** 2), 0)  # its sum is 1
@@ -573,6 +573,7 @@ class Realism(nn.Module):
 
     def __init__(self, photographs: torch.Tensor):
         super().__init__()
+        require_range(photographs, "photographs")
         self.phi = PerceptualLoss("relu3_3").to(photographs.device)
         self.known = self.gaussians(photographs)
 
@@ -602,6 +603,7 @@ def std_map(samples: torch.Tensor) -> torch.Tensor:
 
     samples (K, N, 3, H, W) -> (N, 3, H, W). Divides by K. Needs: to_levels.
     """
+    require_range(samples, "samples")
     require(samples.ndim == 5, f"samples must be (K, N, 3, H, W), got {tuple(samples.shape)}")
     return to_levels(samples).std(0, correction=0)
 
@@ -787,10 +789,25 @@ def require_images(x: torch.Tensor, name: str = "image", channels: int | None = 
     require_floats(x, name)
 
 
+def require_range(x: torch.Tensor, name: str):
+    """Raise ValueError for floats of 0-255: clamped, they would score as perfect."""
+    require_floats(x, name)
+    # Networks overshoot [-1, 1] a little. NaN is for the score to show.
+    require(not (x.abs() > 2).any(), f"{name} must be floats in [-1, 1], got values up to "
+            f"{x.abs().max():g}: from_levels makes them from 8-bit values")
+
+
 def require_same(a: torch.Tensor, b: torch.Tensor, names: str):
     """Raise ValueError unless both have one shape: broadcasting would hide a mistake."""
     require(a.shape == b.shape,
             f"{names} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def require_truth(image: torch.Tensor, truth: torch.Tensor):
+    """Raise ValueError unless both are images (N, C, H, W), and the truth in [-1, 1]."""
+    require_images(truth, "truth")
+    require_range(truth, "truth")
+    require_same(image, truth, "image and truth")
 
 
 def require_samples(samples: torch.Tensor, truth: torch.Tensor):
@@ -799,6 +816,7 @@ def require_samples(samples: torch.Tensor, truth: torch.Tensor):
     require(fits and len(samples) >= 2,
             "expected samples (K, N, 3, H, W), K of 2 or more, and truth (N, 3, H, W), "
             f"got {tuple(samples.shape)} and {tuple(truth.shape)}")
+    require_range(truth, "truth")
 
 
 def scale_between(image: torch.Tensor, lr: torch.Tensor) -> int:

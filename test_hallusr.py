@@ -816,6 +816,19 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: hallusr.excess(images(1, 3, 8, 8), images(1, 3, 1, 1), -1), "eps must be"),
     (lambda: hallusr.gradient_loss(images(2, 3, 4, 4), images(1, 3, 4, 4)), "one shape"),
     (lambda: hallusr.psnr(images(2, 3, 4, 4), images(1, 3, 4, 4)), "one shape"),
+    (lambda: hallusr.psnr(*images(2, 5, 2, 3, 4, 4)), r"\(N, C, H, W\), got \(5, 2, 3, 4, 4\)"),
+    (lambda: hallusr.ssim(*images(2, 5, 2, 3, 16, 16)), r"\(N, C, H, W\), got \(5, 2, 3, 16, 16\)"),
+    (lambda: hallusr.psnr(*images(2, 3, 4, 4)), r"\(N, C, H, W\), got \(3, 4, 4\)"),
+    (lambda: hallusr.ssim(*images(2, 3, 16, 16)), r"\(N, C, H, W\), got \(3, 16, 16\)"),
+    (lambda: hallusr.lr_psnr(images(5, 2, 3, 8, 8), images(5, 2, 3, 4, 4)), r"\(N, 3, H, W\), got"),
+    (lambda: hallusr.lr_psnr(images(2, 3, 8, 8), images(5, 2, 3, 4, 4)), r"\(N, 3, H, W\), got"),
+    (lambda: hallusr.std_map(images(5, 4, 2, 3, 4, 4)), r"\(K, N, 3, H, W\), got"),
+    (lambda: hallusr.spread_and_error(images(5, 4, 2, 3, 4, 4), images(4, 2, 3, 4, 4)), "truth .N"),
+    (lambda: hallusr.rank_histogram(images(5, 4, 2, 3, 4, 4), images(4, 2, 3, 4, 4)), "truth .N"),
+    pytest.param(lambda: LPIPS()(*images(2, 5, 2, 3, 32, 32)), r"\(N, 3, H, W\), got",
+                 marks=needs_lpips),
+    pytest.param(lambda: hallusr.Realism(images(5, 2, 3, 32, 32)), r"\(N, 3, H, W\), got",
+                 marks=needs_vgg),
     (lambda: hallusr.ssim(images(2, 3, 8, 8), images(2, 3, 8, 8)), "sides of 11"),
     pytest.param(lambda: LPIPS()(images(2, 3, 16, 16), images(2, 3, 16, 16)), "sides of 31",
                  marks=needs_lpips),
@@ -845,6 +858,21 @@ def test_bytes_are_no_images(reads):
         read(images(2, 3, 32, 32))
         with pytest.raises(ValueError, match="floats in.*uint8: from_levels makes"):
             read(torch.full((2, 3, 32, 32), 255).to(torch.uint8))
+
+
+@pytest.mark.parametrize("score", [
+    lambda x: hallusr.psnr(x, x),
+    lambda x: hallusr.ssim(x, x),
+    lambda x: hallusr.lr_psnr(x, x[:, :, ::4, ::4]),
+    lambda x: hallusr.std_map(x[None]),
+    lambda x: hallusr.spread_and_error(torch.stack([x, x]), x),
+    lambda x: hallusr.rank_histogram(torch.stack([x, x]), x),
+    pytest.param(hallusr.Realism, marks=needs_vgg)])
+def test_floats_of_another_range_are_refused_and_an_overshoot_is_not(score):
+    score(1.9 * images(2, 3, 32, 32))
+    for factor in (3, 255):
+        with pytest.raises(ValueError, match="floats in.*got values up to .*: from_levels makes"):
+            score(factor * torch.ones(2, 3, 32, 32))
 
 
 # ---- Checkpoints ------------------------------------------------------------------------------
