@@ -114,8 +114,8 @@ class PerceptualLoss(nn.Module):
         end = VGG_LAYERS[layer]
         self.features = pretrained_features(vgg16, VGG16_Weights.IMAGENET1K_V1, end)
         # ImageNet's statistics are published for [0, 1]; our images are in [-1, 1].
-        mean = torch.tensor([0.485, 0.456, 0.406])
-        std = torch.tensor([0.229, 0.224, 0.225])
+        mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float32)
+        std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float32)
         self.register_buffer("mean", (mean * 2 - 1).view(1, 3, 1, 1))
         self.register_buffer("std", (std * 2).view(1, 3, 1, 1))
 
@@ -148,8 +148,8 @@ def draw_z(shape: tuple, z_shared: float, rng: torch.Generator) -> torch.Tensor:
     """
     require(0 <= z_shared <= 1, f"z_shared must be in [0, 1], got {z_shared}")
     require(len(shape) >= 3, f"shape must be (..., z_dim, h, w), got {shape}")
-    own = torch.randn(shape, generator=rng)                     # (..., z_dim, h, w)
-    shared = torch.randn((*shape[:-2], 1, 1), generator=rng)    # (..., z_dim, 1, 1)
+    own = torch.randn(shape, generator=rng, dtype=torch.float32)
+    shared = torch.randn((*shape[:-2], 1, 1), generator=rng, dtype=torch.float32)
     # Squares of the two factors add up to 1: the variance stays 1.
     return z_shared * shared + (1 - z_shared ** 2) ** 0.5 * own
 
@@ -514,8 +514,10 @@ class LPIPS(nn.Module):
         state = cached_weights(self.URL, names, self.FILE)
         for i, name in enumerate(names):
             self.register_buffer(f"weight{i}", state[name])
-        self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        mean = torch.tensor([-0.030, -0.088, -0.188], dtype=torch.float32)
+        std = torch.tensor([0.458, 0.448, 0.450], dtype=torch.float32)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1))
+        self.register_buffer("std", std.view(1, 3, 1, 1))
 
     def unit_features(self, x):
         """Features after each of five ReLUs, every pixel's vector made length 1."""
@@ -654,7 +656,7 @@ def rank_histogram(samples: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     for rank in range(len(samples) + 1):
         # A value that equals two samples may have three ranks: a third to each.
         possible = (below <= rank) & (rank <= below + equal)
-        shares.append((possible / (equal + 1)).mean((1, 2, 3)))
+        shares.append((possible.float() / (equal + 1)).mean((1, 2, 3)))
     return torch.stack(shares, 1)
 
 
@@ -719,7 +721,7 @@ def load_generator(path: str | Path, device: str = "cpu") -> Generator:
     found = set(content["settings"])
     require(wanted == found, f"{path} has other settings than this version's: "
                              f"{sorted(wanted ^ found)} in one alone")
-    generator = Generator(**content["settings"])
+    generator = Generator(**content["settings"]).float()  # whatever torch's default is
     load_weights(generator, content["generator"], path)
     generator.note = content.get("note", "")
     return generator.to(device).eval().requires_grad_(False)

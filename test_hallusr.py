@@ -892,6 +892,44 @@ def test_checkpoint_loads_with_plain_torch_and_gives_the_same_images(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full.pt", "half.pt"]
 
 
+@pytest.fixture(params=[torch.bfloat16, torch.float64])
+def larger_program(request):
+    """Switches to the default dtype of a program that our file was copied into, and back."""
+    yield lambda: torch.set_default_dtype(request.param)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_a_programs_default_dtype_is_not_the_generators(larger_program, tmp_path):
+    hallusr.save_checkpoint(tmp_path / "G.pt", Generator(**G4))
+    G, lr = hallusr.load_generator(tmp_path / "G.pt"), levels(1, 3, 4, 4)
+    z = hallusr.draw_z((1, 5, 4, 4), 0.5, torch.Generator().manual_seed(1))
+    larger_program()
+    loaded = hallusr.load_generator(tmp_path / "G.pt")
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+    same_z = hallusr.draw_z((1, 5, 4, 4), 0.5, torch.Generator().manual_seed(1))
+    assert same_z.dtype == torch.float32 and torch.equal(same_z, z)
+    assert torch.equal(hallusr.sample(loaded, lr, same_z), hallusr.sample(G, lr, z))
+
+
+@pytest.mark.parametrize("make_score", [
+    lambda: hallusr.psnr,
+    lambda: hallusr.ssim,
+    lambda: lambda a, b: hallusr.lr_psnr(a, b[:, :, ::4, ::4]),
+    lambda: lambda a, b: hallusr.std_map(torch.stack([a, b])),
+    lambda: lambda a, b: hallusr.spread_and_error(torch.stack([a, -a]), b)[1],
+    lambda: lambda a, b: hallusr.rank_histogram(torch.stack([a, -a]), b),
+    lambda: lambda a, b: hallusr.diversity_score(torch.stack([a, b])[:, :, 0].abs()),
+    pytest.param(lambda: LPIPS(), marks=needs_lpips),
+    pytest.param(lambda: PerceptualLoss(), marks=needs_vgg),
+    pytest.param(lambda: lambda a, b: hallusr.Realism(a)(b), marks=needs_vgg)])
+def test_a_programs_default_dtype_changes_no_score(larger_program, make_score):
+    a, b = images(2, 9, 3, 32, 32)
+    expected = make_score()(a, b)
+    larger_program()
+    found = make_score()(a, b)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
     hallusr.save_checkpoint(path, Generator(**G4), step=1)
