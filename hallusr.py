@@ -162,7 +162,8 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
     require(tau > 0, f"tau must be positive, got {tau}")
     require_same(g1, g2, "g1 and g2")
     require_same(z1, z2, "z1 and z2")
-    require(len(g1) == len(z1), f"expected a z for each g, got {len(z1)} and {len(g1)}")
+    require(g1.shape[0] == z1.shape[0],
+            f"expected a z for each g, got {z1.shape[0]} and {g1.shape[0]}")
     # D only asks whether an image is plausible: G could please it and ignore z.
     moved = (g1 - g2).abs().flatten(1).mean(1)                  # (N,)
     apart = (z1 - z2).abs().flatten(1).mean(1) + 1e-5           # (N,)
@@ -379,7 +380,7 @@ class Generator(nn.Module):
 
     def forward(self, lr, z, resolutions=None):
         require_images(lr, "lr", channels=3)
-        expected = (len(lr), self.z_dim, *lr.shape[-2:])
+        expected = (lr.shape[0], self.z_dim, *lr.shape[-2:])
         require(z.shape == expected, f"z must have shape {expected}, got {tuple(z.shape)}")
         features = torch.cat([lr, z], 1)                        # (N, 3 + z_dim, h, w)
         features = self.first_conv(features)                    # (N, C, h, w)
@@ -826,7 +827,7 @@ def scale_between(image: torch.Tensor, lr: torch.Tensor) -> int:
     require_images(image, channels=3)
     require_images(lr, "lr", channels=3)
     factor = image.shape[-1] // lr.shape[-1]
-    require(image.shape == (len(lr), 3, lr.shape[-2] * factor, lr.shape[-1] * factor),
+    require(image.shape == (lr.shape[0], 3, lr.shape[-2] * factor, lr.shape[-1] * factor),
             "there must be one image for each lr, its sides one multiple of lr's, got "
             f"{tuple(image.shape)} and {tuple(lr.shape)}")
     return factor

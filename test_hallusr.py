@@ -203,6 +203,41 @@ def test_generator_shapes_at_every_scale(scale, channels, size, hard):
         assert exact == hard
 
 
+class AsModule(torch.nn.Module):
+    """torch.export takes modules alone."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+@pytest.mark.parametrize("make, shapes", [
+    (lambda: Generator(**G4), [(3, 4, 4), (5, 4, 4)]),
+    (lambda: Generator(**G4, hard_consistency=True), [(3, 4, 4), (5, 4, 4)]),
+    (lambda: hallusr.excess, [(3, 16, 16), (3, 4, 4)]),
+    (lambda: hallusr.diversity_loss, [(3, 8, 8), (3, 8, 8), (5, 4, 4), (5, 4, 4)]),
+    (lambda: hallusr.pyramid, [(3, 8, 8)]),
+    pytest.param(PerceptualLoss, [(3, 8, 8), (3, 8, 8)], marks=needs_vgg),
+    pytest.param(LPIPS, [(3, 32, 32), (3, 32, 32)], marks=needs_lpips)])
+def test_what_is_exported_takes_any_batch(make, shapes):
+    module, batch = AsModule(make()), torch.export.Dim("batch")
+    dynamic = (tuple({0: batch} for _ in shapes),)
+    exported = torch.export.export(module, tuple(images(2, *shape) for shape in shapes),
+                                   dynamic_shapes=dynamic).module()
+    other = [images(5, *shape) for shape in shapes]
+    torch.testing.assert_close(exported(*other), module(*other))
+
+
+def test_an_exported_discriminator_takes_any_batch():
+    D, batch = Discriminator(3, 4, 1, 3), {0: torch.export.Dim("batch")}
+    inputs = [([images(n, 3, 8, 8), images(n, 3, 16, 16)], images(n, 3, 4, 4)) for n in (2, 5)]
+    exported = torch.export.export(D, inputs[0], dynamic_shapes=([batch, batch], batch)).module()
+    torch.testing.assert_close(exported(*inputs[1]), D(*inputs[1]))
+
+
 def test_a_generator_may_stop_at_a_coarse_resolution():
     G, lr, z = Generator(**G4), levels(1, 3, 4, 4), torch.randn(1, 5, 4, 4)
     whole, coarse = G(lr, z), G(lr, z, resolutions=1)
