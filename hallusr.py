@@ -667,12 +667,14 @@ def rank_histogram(samples: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 def whole_file(path: str | Path):
     """A name to write to, which becomes `path` at the end: there is never half a file.
 
-    When the block fails, or the disk is full, `path` is as it was. OSError names it.
+    When the block fails, or the disk is full, `path` is as it was. OSError names it. A
+    link stays one: what it points to is written.
     """
-    temporary = Path(f"{path}.tmp")
+    target = os.path.realpath(path)
+    temporary = Path(f"{target}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # torch's word for a full disk
         raise OSError(f"could not write {path}: {error}".partition("\n")[0]) from error
     finally:

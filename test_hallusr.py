@@ -992,6 +992,36 @@ def test_a_file_is_whole_or_as_it_was(error, seen, words, tmp_path):
         assert files() == before
 
 
+@pytest.mark.parametrize("old", [None, "an old one"])
+@pytest.mark.parametrize("points_to", ["../far/file", "second", "{}/far/file"])
+def test_a_link_to_other_storage_stays_one(old, points_to, tmp_path):
+    near, far = tmp_path / "near", tmp_path / "far"
+    near.mkdir()
+    far.mkdir()
+    (near / "name").symlink_to(points_to.format(tmp_path))
+    (near / "second").symlink_to("../far/file")
+    if old:
+        (far / "file").write_text(old)
+    with pytest.raises(OSError, match="could not write .*near/name: "):
+        with hallusr.whole_file(near / "name") as temporary:
+            temporary.write_text("hal")
+            raise OSError(28, "Disk full")
+    assert [path.read_text() for path in far.iterdir()] == ([old] if old else [])
+    with hallusr.whole_file(near / "name") as temporary:
+        assert temporary.parent == far  # a file can not be moved from one disk to another
+        temporary.write_text("new")
+    assert (far / "file").read_text() == "new" and len(list(far.iterdir())) == 1
+    assert {path.name for path in near.iterdir() if path.is_symlink()} == {"name", "second"}
+    assert len(list(near.iterdir())) == 2
+
+
+def test_a_checkpoint_below_a_link_to_a_folder_goes_there(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    hallusr.save_checkpoint(tmp_path / "run" / "last.pt", Generator(**G4))
+    assert (tmp_path / "run").is_symlink() and (tmp_path / "disk" / "last.pt").is_file()
+
+
 def test_truncated_and_missing_checkpoints_are_named(tmp_path):
     path = tmp_path / "cut.pt"
     hallusr.save_checkpoint(path, Generator(**G4))
