@@ -17,8 +17,9 @@ Training (section 4.1) is in train.py.
     F           excess          -> (N, 3, h, w)    grey levels beyond eps by which LR is missed
     D_I, D_g    Discriminator   -> (N, 1, h, w)    logits: > 0 says "a photograph"
 
-To copy a piece, take along what its docstring names after "Needs". Delete its lines
-with require... or check...: they only turn wrong arguments into clear errors.
+To copy a piece, take along the imports and what its docstring names after "Needs".
+Delete its statements that begin with require or check_, some of which span lines: they
+only turn wrong arguments into clear errors.
 """
 import os
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ class PerceptualLoss(nn.Module):
 
     forward(sr, hr), both (N, 3, H, W) around [-1, 1], returns a scalar. embed(x) gives
     the features alone. FileNotFoundError where the weights cannot be downloaded.
-    Needs: VGG_LAYERS, pretrained_features.
+    Needs: VGG_LAYERS, pretrained_features, cached_weights.
     """
 
     def __init__(self, layer: str = "relu2_2"):
@@ -232,7 +233,7 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 12.75) -> torch.T
     """F of (12): by how many grey levels, beyond eps, the shrunken image misses LR.
 
     image (N, 3, H, W), lr (N, 3, h, w) on 8-bit levels -> (N, 3, h, w), 0 for the true
-    image. Needs: quantize, downscale, scale_between.
+    image. Needs: quantize, to_levels, from_levels, downscale, scale_between.
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
     shrunk = downscale(image, scale_between(image, lr))         # (N, 3, h, w)
@@ -291,7 +292,7 @@ class UpBlock(nn.Module):
     """Double features, and the image and the gradient that are read off them (Fig. 3).
 
     forward takes features (N, in, H, W), image and gradient (N, 3, H, W), and returns
-    all three, twice as large. Needs: output_head, conv3x3, activation.
+    all three, twice as large. Needs: output_head, conv3x3, near_zero, activation.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -353,7 +354,9 @@ class Generator(nn.Module):
     fine: {"image": [(N, 3, 2h, 2w), ..., (N, 3, H, W)], "gradient": the same}, or the
     first `resolutions` of them. They are unbounded. Any LR size goes in: `size` and
     `z_shared` say what it is trained for.
-    Needs: ResidualBlock, UpBlock, channels_at, conv3x3, image_gradient, project_onto_lr.
+    Needs: ResidualBlock, UpBlock, output_head, conv3x3, near_zero, activation,
+    channels_at, image_gradient, project_onto_lr, downscale, upscale_nearest,
+    scale_between.
     """
 
     def __init__(self, size: int = 64, scale: int = 8, z_dim: int = 64,
@@ -402,7 +405,10 @@ class Generator(nn.Module):
 
 @torch.no_grad()
 def sample(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """The finest image alone, as saved: (N, 3, H, W) on 8-bit levels. Needs: quantize."""
+    """The finest image alone, as saved: (N, 3, H, W) on 8-bit levels.
+
+    Needs: quantize, to_levels, from_levels.
+    """
     return quantize(generator(lr, z)["image"][-1])
 
 
@@ -412,7 +418,7 @@ class Discriminator(nn.Module):
     forward takes pictures as G returns them, a list from coarse to fine, and returns
     logits (N, 1, h, w): no linear layer, one logit for each LR pixel. D_I has
     condition_channels = 3 and also takes F of (12), (N, 3, h, w).
-    Needs: DownBlock, ResidualBlock, channels_at.
+    Needs: DownBlock, ResidualBlock, conv3x3, near_zero, activation, channels_at.
     """
 
     def __init__(self, width: int = 32, scale: int = 8, blocks: int = 8,
@@ -457,7 +463,8 @@ def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 def lr_psnr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
     """Is an image true to its LR? PSNR of the shrunken image. NTIRE 2021 asks 45 dB.
 
-    (N, 3, H, W), (N, 3, h, w) -> (N,). Needs: psnr, quantize, downscale, scale_between.
+    (N, 3, H, W), (N, 3, h, w) -> (N,). Needs: psnr, quantize, to_levels, from_levels,
+    downscale, scale_between.
     """
     shrunk = downscale(quantize(image), scale_between(image, lr))
     return psnr(shrunk, lr)                                     # (N,)
@@ -571,7 +578,8 @@ class Realism(nn.Module):
     forward(images (N, 3, H, W)) -> scalar: the Fréchet distance of VGG-16's relu3_3 to
     that of photographs (M, 3, H, W), in each of 4x4 regions, then the mean. Few images
     score worse than many: compare equal N and M. It minds a missing detail more than a
-    torn one: look as well. Needs: PerceptualLoss, frechet_distance, quantize.
+    torn one: look as well. Needs: PerceptualLoss, VGG_LAYERS, pretrained_features,
+    cached_weights, frechet_distance, quantize, to_levels, from_levels.
     """
 
     def __init__(self, photographs: torch.Tensor):
@@ -681,10 +689,10 @@ def whole_file(path: str | Path):
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: str | Path, generator: Generator, **training):
+def save_checkpoint(path: str | Path, generator: nn.Module, **training):
     """Write a generator (pass the running average), its settings and `training`.
 
-    Plain values and state dicts only: torch.load reads it. Needs: whole_file, Generator.
+    Plain values and state dicts only: torch.load reads it. Needs: whole_file.
     """
     require(isinstance(generator, Generator), "expected a Generator, got a "
             f"{type(generator).__name__}: pass the module that it wraps")
@@ -717,7 +725,9 @@ def load_generator(path: str | Path, device: str = "cpu") -> Generator:
     """The trained G (its running average) of a checkpoint, ready to sample.
 
     Its `note` says what whoever samples should know, or "". ValueError for a file that
-    is no checkpoint. Needs: Generator, load_checkpoint, load_weights.
+    is no checkpoint. Needs: load_checkpoint, load_weights, Generator, ResidualBlock,
+    UpBlock, output_head, conv3x3, near_zero, activation, channels_at, image_gradient,
+    project_onto_lr, downscale, upscale_nearest, scale_between.
     """
     content = load_checkpoint(path)
     wanted = set(Generator(width=1, blocks=1).settings)
@@ -738,7 +748,8 @@ def load_weights(module: nn.Module, state: dict, path: str | Path):
         first = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path} holds another architecture: {first}") from error
     for name, weight in module.state_dict().items():
-        require(weight.isfinite().all(), f"{path} is spoiled: {name} holds NaN or infinity")
+        if not weight.isfinite().all():
+            raise ValueError(f"{path} is spoiled: {name} holds NaN or infinity")
 
 
 def pretrained_features(build, weights, end: int) -> nn.Sequential:
