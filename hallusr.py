@@ -166,6 +166,7 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
     require(g1.shape[0] == z1.shape[0],
             f"expected a z for each g, got {z1.shape[0]} and {g1.shape[0]}")
     # D only asks whether an image is plausible: G could please it and ignore z.
+    # Absolute values, as a root of squares has no slope (NaN) where g1 equals g2.
     moved = (g1 - g2).abs().flatten(1).mean(1)                  # (N,)
     apart = (z1 - z2).abs().flatten(1).mean(1) + 1e-5           # (N,)
     # A pair beyond tau has no slope any more: it is far enough apart.
@@ -233,14 +234,16 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 12.75) -> torch.T
     """F of (12): by how many grey levels, beyond eps, the shrunken image misses LR.
 
     image (N, 3, H, W), lr (N, 3, h, w) on 8-bit levels -> (N, 3, h, w), 0 for the true
-    image. Needs: quantize, to_levels, from_levels, downscale, scale_between.
+    image. For D_I in training alone: lr_psnr asks the same of a finished image.
+    Needs: quantize, to_levels, from_levels, downscale, scale_between.
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
     shrunk = downscale(image, scale_between(image, lr))         # (N, 3, h, w)
     # In grey levels, D_I sees a small error without large weights.
     r = 2 / 255
     # Section 4.1 puts eps = 0.1 in here. It would permit nothing: errors are whole
-    # levels. Section 4.2 puts it in (9), on [-1, 1]: 0.1 / r = 12.75 levels.
+    # levels. Section 4.2 puts it in (9), on [-1, 1]: 0.1 / r = 12.75 levels. So wide
+    # that an LR of bicubic shrinking, 2.7 levels from DS, leaves F at 0.
     return fn.relu((quantize(shrunk) - lr).abs() / r - eps)     # (12)
 
 
