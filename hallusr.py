@@ -575,6 +575,11 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b) -> torch.Tensor:
     return (mean_a - mean_b).square().sum(-1) + traces - 2 * roots.sum(-1)
 
 
+def regions(x: torch.Tensor) -> list[torch.Tensor]:
+    """The 16 parts of a 4x4 grid, row by row, of (N, C, H, W)."""
+    return [part for rows in x.tensor_split(4, 2) for part in rows.tensor_split(4, 3)]
+
+
 class Realism(nn.Module):
     """Do images look like photographs? 0 for the same ones, thousands for a blur.
 
@@ -582,7 +587,7 @@ class Realism(nn.Module):
     that of photographs (M, 3, H, W), in each of 4x4 regions, then the mean. Few images
     score worse than many: compare equal N and M. It minds a missing detail more than a
     torn one: look as well. Needs: PerceptualLoss, VGG_LAYERS, pretrained_features,
-    cached_weights, frechet_distance, quantize, to_levels, from_levels.
+    cached_weights, frechet_distance, regions, quantize, to_levels, from_levels.
     """
 
     def __init__(self, photographs: torch.Tensor):
@@ -604,12 +609,81 @@ class Realism(nn.Module):
         maps = [self.phi.embed(quantize(part)).cpu() for part in images.split(50)]
         means = []
         covariances = []
-        for rows in torch.cat(maps).tensor_split(4, 2):
-            for region in rows.tensor_split(4, 3):              # (N, C, H'/4, W'/4)
-                points = region.movedim(1, 3).flatten(0, 2)     # (N H'/4 W'/4, C)
-                means.append(points.double().mean(0))
-                covariances.append(points.double().T.cov())
+        for region in regions(torch.cat(maps)):                 # (N, C, H'/4, W'/4)
+            points = region.movedim(1, 3).flatten(0, 2).double()  # (N H'/4 W'/4, C)
+            means.append(points.mean(0))
+            covariances.append(points.T.cov())
         return torch.stack(means), torch.stack(covariances)
+
+
+@torch.no_grad()
+def two_sample_auc(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """How well can a classifier tell two sets apart? 0.5: not at all, 1: always.
+
+    Features (N, d) and (M, d) -> scalar: how often a row of a scores above one of b, when
+    the other half of both was learned from (Lopez-Paz and Oquab 2017).
+    """
+    require(min(len(a), len(b)) >= 2, f"AUC needs 2 rows or more, got {len(a)} and {len(b)}")
+    rows = torch.cat([a, b]).cpu().double()                     # (N + M, d)
+    require(rows.isfinite().all(), "images or features hold NaN or infinity")
+    is_a = torch.arange(len(rows)) < len(a)                     # (N + M,)
+    even = torch.cat([torch.arange(len(a)), torch.arange(len(b))]) % 2 == 0
+    aucs = []
+    for known in (even, ~even):
+        std = rows[known].std(0, correction=0).clamp(min=1e-9)  # a feature may be constant
+        x = (rows - rows[known].mean(0)) / std                  # (N + M, d)
+        # Ridge regression on +1 and -1 in its dual form: far fewer rows than features.
+        kernel = x @ x[known].T / x.shape[1]                    # (N + M, n), near 1 at itself
+        # A hundredth of that 1 is enough to solve it. AUC is the same with a tenth of
+        # it, and falls with more, which blurs what a classifier can see.
+        ridge = 0.01 * torch.eye(kernel.shape[1], dtype=torch.double)
+        labels = 2 * is_a[known].double() - 1                   # (n,)
+        score = kernel @ torch.linalg.solve(kernel[known] + ridge, labels)
+        above = score[is_a & ~known][:, None] - score[~is_a & ~known]
+        aucs.append((above.sign().mean() + 1) / 2)              # a tie counts a half
+    return (aucs[0] + aucs[1]) / 2
+
+
+class TwoSampleAUC(nn.Module):
+    """Can a classifier tell images from photographs? 0.5: it cannot, 1: always.
+
+    forward(images (N, 3, H, W)) -> scalar, against photographs (M, 3, H, W): by means and
+    deviations of VGG-16's relu1_2, relu2_2 and relu3_3 in 4x4 regions. Compare equal N
+    and M. Needs: two_sample_auc, regions, PerceptualLoss, VGG_LAYERS,
+    pretrained_features, cached_weights, quantize, to_levels, from_levels.
+    """
+
+    def __init__(self, photographs: torch.Tensor, noise: float = 4.0):
+        super().__init__()
+        require_range(photographs, "photographs")
+        self.phi = PerceptualLoss("relu3_3").to(photographs.device)
+        self.noise = noise  # in grey levels
+        self.known = self.describe(photographs)
+
+    def forward(self, images):
+        return two_sample_auc(self.describe(images), self.known)
+
+    @torch.no_grad()
+    def describe(self, images):
+        """One row of features for each image: (N, d)."""
+        require_images(images, channels=3)
+        require(min(images.shape[-2:]) >= 16, f"AUC needs sides of 16, got {images.shape[-2:]}")
+        rng = torch.Generator().manual_seed(0)
+        rows = []
+        for part in images.split(50):
+            # On both sides, it hides the traces of JPEG, which only photographs have.
+            noise = torch.randn(part.shape, generator=rng, dtype=torch.float32)
+            x = quantize(part) + self.noise / 127.5 * noise.to(part.device)
+            x = (x - self.phi.mean) / self.phi.std
+            found = []
+            for end, layer in enumerate(self.phi.features, start=1):
+                x = layer(x)                                    # (N, C, H', W')
+                if end in VGG_LAYERS.values():
+                    for region in regions(x):                   # (N, C, H'/4, W'/4)
+                        found.append(region.mean((2, 3)))
+                        found.append(region.std((2, 3), correction=0))
+            rows.append(torch.cat(found, 1).cpu())
+        return torch.cat(rows)
 
 
 def std_map(samples: torch.Tensor) -> torch.Tensor:

@@ -191,6 +191,9 @@ CALLS = {
     "LPIPS": lambda m, _: m.LPIPS()(X, X),
     "frechet_distance": lambda m, _: m.frechet_distance(X[:, 0, 0], X[:, 0], X[:, 1, 0], X[:, 1]),
     "Realism": lambda m, _: m.Realism(X)(X),
+    "regions": lambda m, _: m.regions(X),
+    "two_sample_auc": lambda m, _: m.two_sample_auc(X[0, 0], X[0, 1]),
+    "TwoSampleAUC": lambda m, _: m.TwoSampleAUC(X)(X),
     "std_map": lambda m, _: m.std_map(X[None]),
     "diversity_score": lambda m, _: m.diversity_score(X),
     "spread_and_error": lambda m, _: m.spread_and_error(torch.stack([X, X]), X),
@@ -607,7 +610,9 @@ def test_ssim_against_loops():
     lambda x: hallusr.spread_and_error(torch.stack([x, -x]), images(2, 3, 16, 16))[0],
     lambda x: hallusr.spread_and_error(torch.stack([x, -x]), images(2, 3, 16, 16))[1],
     lambda x: hallusr.rank_histogram(torch.stack([x, -x]), images(2, 3, 16, 16)),
-    pytest.param(lambda x: hallusr.Realism(images(9, 3, 16, 16))(x), marks=needs_vgg)])
+    lambda x: hallusr.two_sample_auc(x.flatten(1), torch.randn(5, 768)),
+    pytest.param(lambda x: hallusr.Realism(images(9, 3, 16, 16))(x), marks=needs_vgg),
+    pytest.param(lambda x: hallusr.TwoSampleAUC(images(9, 3, 16, 16))(x), marks=needs_vgg)])
 def test_a_score_that_rounds_is_no_loss_and_says_so(score):
     image = images(2, 3, 16, 16).requires_grad_()
     with pytest.raises(RuntimeError, match="does not require grad"):
@@ -647,6 +652,9 @@ def test_diversity_score_by_hand():
     (lambda x: hallusr.diversity_score(0 * x), [(4, 2, 8, 8)]),
     pytest.param(lambda a, b: LPIPS().with_map(a, b), [(2, 3, 32, 32), (2, 3, 32, 32)],
                  marks=needs_lpips),
+    (hallusr.two_sample_auc, [(9, 5), (8, 5)]),
+    pytest.param(lambda a, b: hallusr.TwoSampleAUC(a)(b), [(9, 3, 32, 32), (9, 3, 32, 32)],
+                 marks=needs_vgg),
     pytest.param(lambda a, b: hallusr.Realism(a)(b), [(9, 3, 32, 32), (9, 3, 32, 32)],
                  marks=needs_vgg)])
 def test_half_precision_is_scored_as_its_float32_values(metric, shapes, dtype):
@@ -797,6 +805,89 @@ def test_realism_tells_drawings_from_their_blur_and_their_noise():
     blurred = realism(sample.upscale_bicubic(hallusr.downscale(faces, 4), 4))
     noisy = realism((faces + 0.1 * torch.randn_like(faces)).clamp(-1, 1))
     assert 2 * same < noisy and 2 * same < blurred
+
+
+@pytest.mark.parametrize("distance", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("N, M", [(2000, 2000), (1001, 2500)])
+def test_auc_of_two_gaussians_is_the_closed_form(distance, N, M):
+    direction = fn.normalize(torch.randn(3), dim=0)
+    a, b = torch.randn(N, 3) + distance * direction, torch.randn(M, 3)
+    scale, shift = torch.tensor([1e-3, 1.0, 1e3]), torch.tensor([5.0, 0.0, -7.0])
+    expected = torch.special.ndtr(torch.tensor(distance / math.sqrt(2))).item()
+    found = hallusr.two_sample_auc(scale * (a + shift), scale * (b + shift))
+    assert found.item() == pytest.approx(expected, abs=0.03)  # chance's deviation is below 0.01
+
+
+def test_auc_of_one_distribution_is_a_half_with_more_features_than_rows():
+    aucs = [hallusr.two_sample_auc(torch.randn(80, 1000), torch.randn(80, 1000)) for _ in range(20)]
+    assert sum(aucs).item() / 20 == pytest.approx(0.5, abs=0.04)  # of one: 0.05, of 20: 0.01
+
+
+def test_auc_against_a_ridge_in_its_primal_form_and_a_loop_over_pairs():
+    a, b = torch.randn(11, 4).double() + 0.7, torch.randn(9, 4).double()
+    a[:, 3] = b[:, 3] = 0.1  # tells nothing
+    b[:4] = a[:4]            # ties
+    found = []
+    for half in (0, 1):
+        known = torch.cat([a[half::2], b[half::2]])
+        labels = torch.tensor([1.0] * len(a[half::2]) + [-1.0] * len(b[half::2])).double()
+        mean, std = known[:, :3].mean(0), known[:, :3].std(0, correction=0)
+        x = (known[:, :3] - mean) / std
+        weights = torch.linalg.solve(x.T @ x + 4 * 0.01 * torch.eye(3).double(), x.T @ labels)
+        wins = []
+        for one in a[1 - half::2]:
+            for other in b[1 - half::2]:
+                ahead = ((one - other)[:3] / std * weights).sum()
+                wins.append(0.5 if ahead.abs() < 1e-9 else float(ahead > 0))
+        found.append(sum(wins) / len(wins))
+    assert 0.5 in wins
+    assert hallusr.two_sample_auc(a, b).item() == pytest.approx(sum(found) / 2, abs=1e-9)
+
+
+def test_auc_is_a_half_where_nothing_differs_and_1_where_all_does():
+    a = torch.randn(10, 30)
+    assert hallusr.two_sample_auc(torch.ones(6, 2), torch.ones(8, 2)) == 0.5
+    assert hallusr.two_sample_auc(a, a).item() == pytest.approx(0.5, abs=0.1)
+    assert hallusr.two_sample_auc(a + 9, a) == hallusr.two_sample_auc(a, a + 9) == 1
+
+
+def test_auc_describes_an_image_by_regions_of_three_layers(random_weights):
+    photographs, made = levels(6, 3, 16, 32), images(53, 3, 16, 32)
+    auc = hallusr.TwoSampleAUC(photographs)
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.cat([torch.randn(n, 3, 16, 32, generator=rng) for n in (50, 3)])
+    x = hallusr.quantize(made) + 4 * 2 / 255 * noise
+    x = ((x + 1) / 2 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+    x = x / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    expected = []
+    for block in ((0, 2), (5, 7), (10, 12, 14)):
+        for i in block:
+            x = plain(auc.phi.features, str(i), x).relu()
+        height, width = x.shape[2] // 4, x.shape[3] // 4
+        for top in range(0, 4 * height, height):
+            for left in range(0, 4 * width, width):
+                points = x[:, :, top:top + height, left:left + width].flatten(2)
+                mean = points.mean(2, keepdim=True)
+                expected += [mean[..., 0], (points - mean).square().mean(2).sqrt()]
+        x = fn.max_pool2d(x, 2)
+    found = auc.describe(made)
+    assert found.shape == (53, 2 * 16 * (64 + 128 + 256))
+    torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
+    assert auc(made) == hallusr.two_sample_auc(found, auc.describe(photographs))
+    assert not torch.allclose(hallusr.TwoSampleAUC(photographs, noise=0).describe(made), found)
+    small = images(3, 3, 15, 16)
+    for wrong, words in ((small, "sides of 16"), (images(2, 5, 3, 16, 16), r"\(N, 3, H, W\)"),
+                         (math.nan * photographs, "hold NaN"), (photographs[:1], "2 rows or more")):
+        with pytest.raises(ValueError, match=words):
+            auc(wrong)
+
+
+@needs_vgg
+def test_auc_tells_drawings_from_their_blur_but_not_from_others():
+    faces = train.draw_faces(torch.rand(60, 11), 32)
+    auc = hallusr.TwoSampleAUC(train.draw_faces(torch.rand(60, 11), 32))
+    assert 0.3 < auc(faces) < 0.7  # chance's deviation is 0.05
+    assert auc(sample.upscale_bicubic(hallusr.downscale(faces, 2), 2)) > 0.9
 
 
 @needs_lpips
@@ -1009,7 +1100,8 @@ def test_bytes_are_no_images(reads):
     lambda x: hallusr.std_map(x[None]),
     lambda x: hallusr.spread_and_error(torch.stack([x, x]), x),
     lambda x: hallusr.rank_histogram(torch.stack([x, x]), x),
-    pytest.param(hallusr.Realism, marks=needs_vgg)])
+    pytest.param(hallusr.Realism, marks=needs_vgg),
+    pytest.param(hallusr.TwoSampleAUC, marks=needs_vgg)])
 def test_floats_of_another_range_are_refused_and_an_overshoot_is_not(score):
     score(1.9 * images(2, 3, 32, 32))
     for factor in (3, 255):
@@ -1063,6 +1155,8 @@ def test_a_programs_default_dtype_is_not_the_generators(larger_program, tmp_path
     lambda: lambda a, b: hallusr.diversity_score(torch.stack([a, b])[:, :, 0].abs()),
     pytest.param(lambda: LPIPS(), marks=needs_lpips),
     pytest.param(lambda: PerceptualLoss(), marks=needs_vgg),
+    lambda: lambda a, b: hallusr.two_sample_auc(a.flatten(1), b.flatten(1)),
+    pytest.param(lambda: lambda a, b: hallusr.TwoSampleAUC(a).describe(b), marks=needs_vgg),
     pytest.param(lambda: lambda a, b: hallusr.Realism(a)(b), marks=needs_vgg)])
 def test_a_programs_default_dtype_changes_no_score(larger_program, make_score):
     a, b = images(2, 9, 3, 32, 32)
