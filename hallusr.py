@@ -33,12 +33,9 @@ from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
 # ---- Image space: 8-bit levels, shrinking, enlarging ---------------------------------
 
 def to_levels(x: torch.Tensor) -> torch.Tensor:
-    """Floats, clamped to [-1, 1], as 8-bit values 0, 1, ..., 255 (still floats).
-
-    It has no gradient, as rounding's is 0: what learns through it needs quantize.
-    """
+    """Floats, clamped to [-1, 1], as 8-bit values 0, 1, ..., 255 (still floats)."""
     require_floats(x)
-    # bfloat16 has too few digits for 256 levels.
+    # bfloat16 has too few digits for 256 levels. No slope is better than one of 0.
     return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round()
 
 
@@ -107,13 +104,12 @@ class PerceptualLoss(nn.Module):
     the features alone. FileNotFoundError where the weights cannot be downloaded.
     Needs: VGG_LAYERS, pretrained_features, cached_weights.
     """
-
     def __init__(self, layer: str = "relu2_2"):
         super().__init__()
         # phi_i, which the paper leaves open. Its source, Johnson et al., has relu2_2.
         require(layer in VGG_LAYERS, f"layer must be one of {list(VGG_LAYERS)}, got {layer!r}")
-        end = VGG_LAYERS[layer]
-        self.features = pretrained_features(vgg16, VGG16_Weights.IMAGENET1K_V1, end)
+        weights = VGG16_Weights.IMAGENET1K_V1
+        self.features = pretrained_features(vgg16, weights, VGG_LAYERS[layer])
         # ImageNet's statistics are published for [0, 1]; our images are in [-1, 1].
         mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float32)
         std = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float32)
@@ -127,8 +123,7 @@ class PerceptualLoss(nn.Module):
     def forward(self, sr, hr):
         require_same(sr, hr, "sr and hr")
         phi_sr = self.embed(sr)                                 # (N, C, H', W')
-        with torch.no_grad():
-            phi_hr = self.embed(hr)                             # (N, C, H', W')
+        phi_hr = self.embed(hr).detach()                        # (N, C, H', W')
         # (6) prints a sum; a mean has a weight that holds for every size and layer.
         return (phi_sr.float() - phi_hr.float()).abs().mean()   # (6)
 
@@ -233,9 +228,9 @@ def hallucination_loss(adv_g, adv_i, l_z, alpha=1.0):
 def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 12.75) -> torch.Tensor:
     """F of (12): by how many grey levels, beyond eps, the shrunken image misses LR.
 
-    image (N, 3, H, W), lr (N, 3, h, w) on 8-bit levels -> (N, 3, h, w), 0 for the true
-    image. For D_I in training alone: lr_psnr asks the same of a finished image.
-    Needs: quantize, to_levels, from_levels, downscale, scale_between.
+    image (N, 3, H, W), lr (N, 3, h, w) on 8-bit levels -> (N, 3, h, w). For D_I in
+    training alone: at evaluation lr_psnr asks the same. Needs: quantize, to_levels,
+    from_levels, downscale, scale_between.
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
     shrunk = downscale(image, scale_between(image, lr))         # (N, 3, h, w)
@@ -247,7 +242,7 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 12.75) -> torch.T
     return fn.relu((quantize(shrunk) - lr).abs() / r - eps)     # (12)
 
 
-# ---- 3.2 Architecture: blocks --------------------------------------------------------
+# ---- 3.2 Architecture: blocks, generator, discriminators -----------------------------
 
 def activation(x: torch.Tensor) -> torch.Tensor:
     """Leaky ReLU with leak 0.2, in all networks (section 4.1)."""
@@ -272,7 +267,6 @@ def near_zero(conv: nn.Conv2d) -> nn.Conv2d:
 
 class ResidualBlock(nn.Module):
     """x plus two convolutions of x (Fig. 2). Needs: conv3x3, near_zero, activation."""
-
     def __init__(self, channels: int):
         super().__init__()
         self.conv1 = conv3x3(channels, channels)
@@ -297,7 +291,6 @@ class UpBlock(nn.Module):
     forward takes features (N, in, H, W), image and gradient (N, 3, H, W), and returns
     all three, twice as large. Needs: output_head, conv3x3, near_zero, activation.
     """
-
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         # Shared: what the gradient teaches of structure, the image can use.
@@ -306,16 +299,14 @@ class UpBlock(nn.Module):
         self.gradient_head = output_head(out_channels)
 
     def forward(self, features, image, gradient):
-        def double(x, mode):
-            return fn.interpolate(x, scale_factor=2, mode=mode)
         # Nearest, then a convolution: a transposed one leaves a checkerboard.
-        features = double(features, "nearest")                  # (N, in,  2H, 2W)
+        features = fn.interpolate(features, scale_factor=2)     # (N, in,  2H, 2W)
         features = activation(self.shared(features))            # (N, out, 2H, 2W)
         # The skip keeps low frequencies such as colour: a block only adds detail.
-        image = double(image, "bilinear")                       # (N, 3,   2H, 2W)
+        image = fn.interpolate(image, scale_factor=2, mode="bilinear")
         image = image + self.image_head(features)               # (N, 3,   2H, 2W)
         # Twice as large, the same edge is half as steep.
-        gradient = double(gradient, "bilinear") / 2             # (N, 3,   2H, 2W)
+        gradient = fn.interpolate(gradient, scale_factor=2, mode="bilinear") / 2
         gradient = gradient + self.gradient_head(features)      # (N, 3,   2H, 2W)
         return features, image, gradient
 
@@ -326,7 +317,6 @@ class DownBlock(nn.Module):
     forward takes the picture of this resolution (N, 3, H, W) and the features from the
     finer one (N, in, H, W), None at the finest. Needs: conv3x3, activation.
     """
-
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.from_pixels = nn.Conv2d(3, in_channels, 1)
@@ -342,8 +332,6 @@ class DownBlock(nn.Module):
         x = activation(self.conv2(x))                           # (N, out, H,   W)
         return fn.avg_pool2d(x, 2)                              # (N, out, H/2, W/2)
 
-
-# ---- 3.2 Architecture: generator and discriminators ----------------------------------
 
 def channels_at(width: int, scale: int) -> list[int]:
     """Channels at LR's size and after each doubling: [4, 3, 2, 1] * width for 8x."""
@@ -361,7 +349,6 @@ class Generator(nn.Module):
     channels_at, image_gradient, project_onto_lr, downscale, upscale_nearest,
     scale_between.
     """
-
     def __init__(self, size: int = 64, scale: int = 8, z_dim: int = 64,
                  z_shared: float = 1.0, width: int = 32, blocks: int = 8,
                  hard_consistency: bool = False):
@@ -379,8 +366,7 @@ class Generator(nn.Module):
         self.first_conv = conv3x3(3 + z_dim, channels[0])
         # Otherwise z, with more channels than LR, would drown it.
         self.first_conv.weight.data[:, 3:] *= 0.1
-        residual = [ResidualBlock(channels[0]) for _ in range(blocks)]
-        self.trunk = nn.Sequential(*residual)
+        self.trunk = nn.Sequential(*[ResidualBlock(channels[0]) for _ in range(blocks)])
         self.up_blocks = nn.ModuleList(
             UpBlock(more, fewer) for more, fewer in zip(channels, channels[1:]))
 
@@ -423,7 +409,6 @@ class Discriminator(nn.Module):
     condition_channels = 3 and also takes F of (12), (N, 3, h, w).
     Needs: DownBlock, ResidualBlock, conv3x3, near_zero, activation, channels_at.
     """
-
     def __init__(self, width: int = 32, scale: int = 8, blocks: int = 8,
                  condition_channels: int = 0):
         super().__init__()
@@ -432,8 +417,7 @@ class Discriminator(nn.Module):
         mirrored = channels[::-1]  # fine to coarse
         self.down_blocks = nn.ModuleList(
             DownBlock(fewer, more) for fewer, more in zip(mirrored, mirrored[1:]))
-        residual = [ResidualBlock(channels[0]) for _ in range(blocks - 1)]
-        self.trunk = nn.Sequential(*residual)
+        self.trunk = nn.Sequential(*[ResidualBlock(channels[0]) for _ in range(blocks - 1)])
         self.condition_channels = condition_channels
         self.last_block = ResidualBlock(channels[0] + condition_channels)
         self.to_logits = nn.Conv2d(channels[0] + condition_channels, 1, 3, padding=1)
@@ -458,7 +442,8 @@ def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
     Two (N, C, H, W) in [-1, 1] -> (N,). Needs: to_levels.
     """
-    require_truth(image, truth)
+    require_images(truth, "truth", bounded=True)
+    require_same(image, truth, "image and truth")
     error = (to_levels(image) - to_levels(truth)).square().mean((1, 2, 3))
     return 10 * torch.log10(255 ** 2 / error)                   # (N,)
 
@@ -479,7 +464,8 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     Two (N, C, H, W) in [-1, 1], sides of 11 or more -> (N,). Window 11x11, Gaussian of
     sigma 1.5, whole windows only; K = 0.01 and 0.03. Needs: to_levels.
     """
-    require_truth(image, truth)
+    require_images(truth, "truth", bounded=True)
+    require_same(image, truth, "image and truth")
     require(min(image.shape[-2:]) >= 11, f"SSIM needs sides of 11, got {tuple(image.shape[-2:])}")
     offsets = torch.arange(11, dtype=torch.double) - 5
     window = torch.softmax(-offsets.square() / (2 * 1.5 ** 2), 0)  # its sum is 1
@@ -542,8 +528,7 @@ class LPIPS(nn.Module):
         return found
 
     def forward(self, a, b):
-        distance, _ = self.with_map(a, b)
-        return distance                                         # (N,)
+        return self.with_map(a, b)[0]                           # (N,)
 
     def with_map(self, a, b):
         require_same(a, b, "a and b")
@@ -575,11 +560,6 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b) -> torch.Tensor:
     return (mean_a - mean_b).square().sum(-1) + traces - 2 * roots.sum(-1)
 
 
-def regions(x: torch.Tensor) -> list[torch.Tensor]:
-    """The 16 parts of a 4x4 grid, row by row, of (N, C, H, W)."""
-    return [part for rows in x.tensor_split(4, 2) for part in rows.tensor_split(4, 3)]
-
-
 class Realism(nn.Module):
     """Do images look like photographs? 0 for the same ones, thousands for a blur.
 
@@ -587,12 +567,11 @@ class Realism(nn.Module):
     that of photographs (M, 3, H, W), in each of 4x4 regions, then the mean. Few images
     score worse than many: compare equal N and M. It minds a missing detail more than a
     torn one: look as well. Needs: PerceptualLoss, VGG_LAYERS, pretrained_features,
-    cached_weights, frechet_distance, regions, quantize, to_levels, from_levels.
+    cached_weights, frechet_distance, quantize, to_levels, from_levels.
     """
-
     def __init__(self, photographs: torch.Tensor):
         super().__init__()
-        require_range(photographs, "photographs")
+        require_floats(photographs, "photographs", bounded=True)
         self.phi = PerceptualLoss("relu3_3").to(photographs.device)
         self.known = self.gaussians(photographs)
 
@@ -609,10 +588,11 @@ class Realism(nn.Module):
         maps = [self.phi.embed(quantize(part)).cpu() for part in images.split(50)]
         means = []
         covariances = []
-        for region in regions(torch.cat(maps)):                 # (N, C, H'/4, W'/4)
-            points = region.movedim(1, 3).flatten(0, 2).double()  # (N H'/4 W'/4, C)
-            means.append(points.mean(0))
-            covariances.append(points.T.cov())
+        for rows in torch.cat(maps).tensor_split(4, 2):
+            for region in rows.tensor_split(4, 3):              # (N, C, H'/4, W'/4)
+                points = region.movedim(1, 3).flatten(0, 2)     # (N H'/4 W'/4, C)
+                means.append(points.double().mean(0))
+                covariances.append(points.double().T.cov())
         return torch.stack(means), torch.stack(covariances)
 
 
@@ -623,19 +603,20 @@ def two_sample_auc(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Features (N, d) and (M, d) -> scalar: how often a row of a scores above one of b, when
     the other half of both was learned from (Lopez-Paz and Oquab 2017).
     """
-    require(min(len(a), len(b)) >= 2, f"AUC needs 2 rows or more, got {len(a)} and {len(b)}")
+    require(len(a) > 1 and len(b) > 1, f"AUC needs 2 rows of each, got {len(a)} and {len(b)}")
     rows = torch.cat([a, b]).cpu().double()                     # (N + M, d)
     require(rows.isfinite().all(), "images or features hold NaN or infinity")
     is_a = torch.arange(len(rows)) < len(a)                     # (N + M,)
     even = torch.cat([torch.arange(len(a)), torch.arange(len(b))]) % 2 == 0
     aucs = []
     for known in (even, ~even):
-        std = rows[known].std(0, correction=0).clamp(min=1e-9)  # a feature may be constant
+        # A feature may be constant: 1e-9 avoids 0 / 0.
+        std = rows[known].std(0, correction=0).clamp(min=1e-9)
         x = (rows - rows[known].mean(0)) / std                  # (N + M, d)
-        # Ridge regression on +1 and -1 in its dual form: far fewer rows than features.
-        kernel = x @ x[known].T / x.shape[1]                    # (N + M, n), near 1 at itself
-        # A hundredth of that 1 is enough to solve it. AUC is the same with a tenth of
-        # it, and falls with more, which blurs what a classifier can see.
+        # Ridge regression in its dual form: there are far fewer rows than features.
+        kernel = x @ x[known].T / x.shape[1]                    # (N + M, n)
+        # A row with itself gives about 1. The ridge is a hundredth: ten times less makes
+        # no difference, and a hundred times more hides fine traces (AUC 0.90 for 0.95).
         ridge = 0.01 * torch.eye(kernel.shape[1], dtype=torch.double)
         labels = 2 * is_a[known].double() - 1                   # (n,)
         score = kernel @ torch.linalg.solve(kernel[known] + ridge, labels)
@@ -649,13 +630,12 @@ class TwoSampleAUC(nn.Module):
 
     forward(images (N, 3, H, W)) -> scalar, against photographs (M, 3, H, W): by means and
     deviations of VGG-16's relu1_2, relu2_2 and relu3_3 in 4x4 regions. Compare equal N
-    and M. Needs: two_sample_auc, regions, PerceptualLoss, VGG_LAYERS,
-    pretrained_features, cached_weights, quantize, to_levels, from_levels.
+    and M. Needs: two_sample_auc, PerceptualLoss, VGG_LAYERS, pretrained_features,
+    cached_weights, quantize, to_levels, from_levels.
     """
-
     def __init__(self, photographs: torch.Tensor, noise: float = 4.0):
         super().__init__()
-        require_range(photographs, "photographs")
+        require_floats(photographs, "photographs", bounded=True)
         self.phi = PerceptualLoss("relu3_3").to(photographs.device)
         self.noise = noise  # in grey levels
         self.known = self.describe(photographs)
@@ -667,8 +647,7 @@ class TwoSampleAUC(nn.Module):
     def describe(self, images):
         """One row of features for each image: (N, d)."""
         require_images(images, channels=3)
-        require(min(images.shape[-2:]) >= 16, f"AUC needs sides of 16, got {images.shape[-2:]}")
-        rng = torch.Generator().manual_seed(0)
+        rng = torch.Generator().manual_seed(0)  # one image, one number
         rows = []
         for part in images.split(50):
             # On both sides, it hides the traces of JPEG, which only photographs have.
@@ -679,11 +658,11 @@ class TwoSampleAUC(nn.Module):
             for end, layer in enumerate(self.phi.features, start=1):
                 x = layer(x)                                    # (N, C, H', W')
                 if end in VGG_LAYERS.values():
-                    for region in regions(x):                   # (N, C, H'/4, W'/4)
-                        found.append(region.mean((2, 3)))
-                        found.append(region.std((2, 3), correction=0))
-            rows.append(torch.cat(found, 1).cpu())
-        return torch.cat(rows)
+                    mean = fn.adaptive_avg_pool2d(x, 4)         # (N, C, 4, 4)
+                    variance = fn.adaptive_avg_pool2d(x.square(), 4) - mean.square()
+                    found += [mean, variance.clamp(min=0).sqrt()]
+            rows.append(torch.cat(found, 1).flatten(1).cpu())   # (50, 14336)
+        return torch.cat(rows)                                  # (N, 14336)
 
 
 def std_map(samples: torch.Tensor) -> torch.Tensor:
@@ -691,7 +670,7 @@ def std_map(samples: torch.Tensor) -> torch.Tensor:
 
     samples (K, N, 3, H, W) -> (N, 3, H, W). Divides by K. Needs: to_levels.
     """
-    require_range(samples, "samples")
+    require_floats(samples, "samples", bounded=True)
     require(samples.ndim == 5, f"samples must be (K, N, 3, H, W), got {tuple(samples.shape)}")
     return to_levels(samples).std(0, correction=0)
 
@@ -868,26 +847,23 @@ def require(condition: bool, message: str):
         raise ValueError(message)
 
 
-def require_floats(x: torch.Tensor, name: str = "image"):
-    """Raise ValueError for uint8: 0-255 would be clamped, and score as perfect."""
-    require(x.is_floating_point(), f"{name} must be floats in [-1, 1], got {x.dtype}: "
-                                   "from_levels makes them from 8-bit values")
+def require_floats(x: torch.Tensor, name: str = "image", bounded: bool = False):
+    """Raise ValueError for values of 0-255: clamped, they would score as perfect."""
+    expected = f"{name} must be floats in [-1, 1]"
+    remedy = "from_levels makes them from 8-bit values"
+    require(x.is_floating_point(), f"{expected}, got {x.dtype}: {remedy}")
+    # Only what is compared with is bounded: a network's images overshoot.
+    if bounded:
+        require(not (x.abs() > 2).any(), f"{expected}, got {x.abs().max():g}: {remedy}")
 
 
-def require_images(x: torch.Tensor, name: str = "image", channels: int | None = None):
+def require_images(x: torch.Tensor, name: str = "image", channels: int | None = None,
+                   bounded: bool = False):
     """Raise ValueError unless x is a batch of float images, (N, C, H, W)."""
     expected = f"(N, {channels or 'C'}, H, W)"
     require(x.ndim == 4 and channels in (None, x.shape[1]),
             f"{name} must have shape {expected}, got {tuple(x.shape)}")
-    require_floats(x, name)
-
-
-def require_range(x: torch.Tensor, name: str):
-    """Raise ValueError for floats of 0-255: clamped, they would score as perfect."""
-    require_floats(x, name)
-    # Networks overshoot [-1, 1] a little. NaN is for the score to show.
-    require(not (x.abs() > 2).any(), f"{name} must be floats in [-1, 1], got values up to "
-            f"{x.abs().max():g}: from_levels makes them from 8-bit values")
+    require_floats(x, name, bounded)
 
 
 def require_same(a: torch.Tensor, b: torch.Tensor, names: str):
@@ -896,20 +872,13 @@ def require_same(a: torch.Tensor, b: torch.Tensor, names: str):
             f"{names} must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
-def require_truth(image: torch.Tensor, truth: torch.Tensor):
-    """Raise ValueError unless both are images (N, C, H, W), and the truth in [-1, 1]."""
-    require_images(truth, "truth")
-    require_range(truth, "truth")
-    require_same(image, truth, "image and truth")
-
-
 def require_samples(samples: torch.Tensor, truth: torch.Tensor):
     """Raise ValueError unless there are two samples or more of each true image."""
     fits = samples.ndim == 5 and samples.shape[1:] == truth.shape
     require(fits and len(samples) >= 2,
             "expected samples (K, N, 3, H, W), K of 2 or more, and truth (N, 3, H, W), "
             f"got {tuple(samples.shape)} and {tuple(truth.shape)}")
-    require_range(truth, "truth")
+    require_floats(truth, "truth", bounded=True)
 
 
 def scale_between(image: torch.Tensor, lr: torch.Tensor) -> int:
@@ -934,13 +903,11 @@ def check_architecture(width: int, scale: int, blocks: int):
 def check_pictures(discriminator, pictures, condition):
     """Raise ValueError unless D gets all resolutions, and F if it is D_I."""
     needed = len(discriminator.down_blocks)
-    require(len(pictures) == needed,
-            f"expected pictures at {needed} resolutions, got {len(pictures)}")
+    require(len(pictures) == needed, f"expected {needed} resolutions, got {len(pictures)}")
     for picture in pictures:
         require_images(picture, "picture", channels=3)
-    expected = None
-    if discriminator.condition_channels:
-        count, _, height, width = pictures[0].shape  # the coarsest: twice LR's size
-        expected = (count, discriminator.condition_channels, height // 2, width // 2)
+    channels = discriminator.condition_channels
+    count, _, height, width = pictures[0].shape  # the coarsest: twice LR's size
+    expected = (count, channels, height // 2, width // 2) if channels else None
     found = None if condition is None else tuple(condition.shape)
     require(found == expected, f"condition must have shape {expected}, got {found}")

@@ -191,7 +191,6 @@ CALLS = {
     "LPIPS": lambda m, _: m.LPIPS()(X, X),
     "frechet_distance": lambda m, _: m.frechet_distance(X[:, 0, 0], X[:, 0], X[:, 1, 0], X[:, 1]),
     "Realism": lambda m, _: m.Realism(X)(X),
-    "regions": lambda m, _: m.regions(X),
     "two_sample_auc": lambda m, _: m.two_sample_auc(X[0, 0], X[0, 1]),
     "TwoSampleAUC": lambda m, _: m.TwoSampleAUC(X)(X),
     "std_map": lambda m, _: m.std_map(X[None]),
@@ -864,20 +863,21 @@ def test_auc_describes_an_image_by_regions_of_three_layers(random_weights):
         for i in block:
             x = plain(auc.phi.features, str(i), x).relu()
         height, width = x.shape[2] // 4, x.shape[3] // 4
-        for top in range(0, 4 * height, height):
-            for left in range(0, 4 * width, width):
-                points = x[:, :, top:top + height, left:left + width].flatten(2)
-                mean = points.mean(2, keepdim=True)
-                expected += [mean[..., 0], (points - mean).square().mean(2).sqrt()]
+        means, deviations = torch.empty(2, *x.shape[:2], 4, 4)
+        for i in range(4):
+            for j in range(4):
+                region = x[:, :, i * height:(i + 1) * height, j * width:(j + 1) * width]
+                means[:, :, i, j] = region.mean((2, 3))
+                deviations[:, :, i, j] = region.std((2, 3), correction=0)
+        expected += [means.flatten(1), deviations.flatten(1)]
         x = fn.max_pool2d(x, 2)
     found = auc.describe(made)
     assert found.shape == (53, 2 * 16 * (64 + 128 + 256))
-    torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-4, atol=3e-3)
     assert auc(made) == hallusr.two_sample_auc(found, auc.describe(photographs))
     assert not torch.allclose(hallusr.TwoSampleAUC(photographs, noise=0).describe(made), found)
-    small = images(3, 3, 15, 16)
-    for wrong, words in ((small, "sides of 16"), (images(2, 5, 3, 16, 16), r"\(N, 3, H, W\)"),
-                         (math.nan * photographs, "hold NaN"), (photographs[:1], "2 rows or more")):
+    for wrong, words in ((images(2, 5, 3, 16, 16), r"\(N, 3, H, W\)"), (made[:, :1], r"\(N, 3"),
+                         (math.nan * made, "hold NaN"), (made[:1], "2 rows of each, got 1 and 6")):
         with pytest.raises(ValueError, match=words):
             auc(wrong)
 
@@ -1105,7 +1105,7 @@ def test_bytes_are_no_images(reads):
 def test_floats_of_another_range_are_refused_and_an_overshoot_is_not(score):
     score(1.9 * images(2, 3, 32, 32))
     for factor in (3, 255):
-        with pytest.raises(ValueError, match="floats in.*got values up to .*: from_levels makes"):
+        with pytest.raises(ValueError, match="floats in.*got (3|255): from_levels makes"):
             score(factor * torch.ones(2, 3, 32, 32))
 
 
