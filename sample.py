@@ -30,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageCms  # Pillow comes with torchvision
+from PIL import Image, ImageCms, ImageOps  # Pillow comes with torchvision
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
@@ -41,13 +41,6 @@ from hallusr import (LPIPS, Realism, diversity_score, downscale, draw_z, from_le
                      upscale_nearest, whole_file)
 
 # ---- Photos --------------------------------------------------------------------------
-
-# What EXIF's orientation asks for, so that a photo stands upright.
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}
-
 
 def read_image(path: str | Path) -> torch.Tensor:
     """Any image file as a viewer shows it: uint8 RGB (3, H, W), upright, in sRGB.
@@ -60,14 +53,13 @@ def read_image(path: str | Path) -> torch.Tensor:
             require(image.mode not in ("I", "F"),
                     f"its values are of mode {image.mode}, not 8-bit")
             image.load()  # of a TIFF, Pillow turns it here
-            # Of the metadata, orientation alone: other fields are often broken.
-            orientation = image.getexif().get(0x0112)
-            shown = image
-            if orientation in UPRIGHT:
-                shown = image.transpose(UPRIGHT[orientation])
+            exif = image.getexif()
+            for field in set(exif) - {0x0112}:  # all but orientation: they are often broken
+                del exif[field]
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I;16"):
-                return grey_of_16_bits(shown, white_is_zero(image))
-            return v2.functional.pil_to_tensor(to_srgb(shown, path))
+                return grey_of_16_bits(image)
+            return v2.functional.pil_to_tensor(to_srgb(image, path))
     except Exception as error:  # it depends on where the file is damaged
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
@@ -92,15 +84,11 @@ def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def white_is_zero(image: Image.Image) -> bool:
-    """TIFF's PhotometricInterpretation: in a few files, scans above all, 0 is white."""
-    return image.format == "TIFF" and image.tag_v2.get(262) == 0
-
-
-def grey_of_16_bits(image: Image.Image, inverted: bool) -> torch.Tensor:
+def grey_of_16_bits(image: Image.Image) -> torch.Tensor:
     """uint8 (3, H, W) from values 0-65535."""
     grey = v2.functional.pil_to_tensor(image.convert("I")) / 257  # (1, H, W) in [0, 255]
-    if inverted:
+    # In a few TIFF files, scans above all, 0 is white.
+    if image.format == "TIFF" and image.tag_v2.get(262) == 0:
         grey = 255 - grey
     return grey.round().byte().expand(3, -1, -1)
 
