@@ -85,12 +85,17 @@ def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
 
 
 def grey_of_16_bits(image: Image.Image) -> torch.Tensor:
-    """uint8 (3, H, W) from values 0-65535."""
-    grey = v2.functional.pil_to_tensor(image.convert("I")) / 257  # (1, H, W) in [0, 255]
-    # In a few TIFF files, scans above all, 0 is white.
-    if image.format == "TIFF" and image.tag_v2.get(262) == 0:
-        grey = 255 - grey
-    return grey.round().byte().expand(3, -1, -1)
+    """uint8 (3, H, W) from values of 16 bits; in a TIFF they may have 12."""
+    values = v2.functional.pil_to_tensor(image.convert("I"))    # (1, H, W)
+    largest = 65535
+    if image.format == "TIFF":
+        largest = 2 ** image.tag_v2[258][0] - 1
+        if image.tag_v2.get(262) == 0:  # in a few files, scans above all, 0 is white
+            values = largest - values
+    grey = (values * 255 / largest).round().byte()
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return grey.expand(3, -1, -1)
 
 
 def read_photo(path: str | Path, size: int) -> torch.Tensor:

@@ -1940,18 +1940,32 @@ def test_transparent_parts_lie_on_white(tmp_path):
     assert patch_of(tmp_path / "d.png") == [200, 10, 10]
 
 
+def write_grey_tiff(path, bits, zero_is_white, values):
+    """One row of four values, given as bytes: Pillow writes none of 12 bits, or with 0 for white."""
+    rows = [(256, 3, 4), (257, 3, 1), (258, 3, bits), (259, 3, 1), (262, 3, int(not zero_is_white)),
+            (273, 4, 8 + 2 + 12 * 9 + 4), (277, 3, 1), (278, 3, 1), (279, 4, len(values))]
+    fields = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in rows)
+    path.write_bytes(struct.pack("<2sHIH", b"II", 42, 8, len(rows)) + fields + bytes(4) + values)
+
+
 def test_a_grey_tiff_whose_zero_is_white_is_no_negative(tmp_path):
-    for zero_is_white, expected in ((0, 255 - 64), (1, 64)):
-        rows = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 1, 16), (259, 3, 1, 1),
-                (262, 3, 1, zero_is_white), (273, 4, 1, 8 + 2 + 12 * 9 + 4), (277, 3, 1, 1),
-                (278, 3, 1, 2), (279, 4, 1, 8)]
-        body = struct.pack("<2sHIH", b"II", 42, 8, len(rows))
-        for tag, kind, number, value in rows:
-            body += struct.pack("<HHIHH" if kind == 3 else "<HHII", tag, kind, number,
-                                *((value, 0) if kind == 3 else (value,)))
-        body += bytes(4) + struct.pack("<4H", *[64 * 257] * 4)
-        (tmp_path / "scan.tiff").write_bytes(body)
+    for zero_is_white, expected in ((True, 255 - 64), (False, 64)):
+        values = struct.pack("<4H", *[64 * 257] * 4)
+        write_grey_tiff(tmp_path / "scan.tiff", 16, zero_is_white, values)
         assert patch_of(tmp_path / "scan.tiff") == [expected] * 3
+
+
+def test_grey_of_12_bits_reaches_white(tmp_path):
+    packed = bytes.fromhex("000" "800" "fff" "100")  # 0, 2048, 4095, 256
+    write_grey_tiff(tmp_path / "scan.tiff", 12, False, packed)
+    assert sample.read_image(tmp_path / "scan.tiff")[:, 0].tolist() == [[0, 128, 255, 16]] * 3
+
+
+def test_the_transparent_value_of_16_bits_lies_on_white(tmp_path):
+    values = Image.frombytes("I;16", (4, 1), struct.pack("<4H", 0, 300, 301, 40000))
+    for transparent, expected in ((300, [0, 255, 1, 156]), (0, [255, 1, 1, 156])):
+        values.save(tmp_path / "cut.png", transparency=transparent)
+        assert sample.read_image(tmp_path / "cut.png")[:, 0].tolist() == [expected] * 3
 
 
 def test_broken_metadata_beside_the_orientation_does_not_matter(tmp_path):
