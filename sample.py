@@ -26,12 +26,10 @@ import json
 import math
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageCms, ImageOps  # Pillow comes with torchvision
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
@@ -111,70 +109,52 @@ def read_photo(path: str | Path, size: int) -> torch.Tensor:
     return v2.functional.resize(square, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
 
 
-def list_photos(folder: str | Path) -> list[Path]:
-    """Every image below a folder that Pillow reads, sorted; one line on what is not.
+# What a photo's name ends in: Pillow also knows films, documents and icons.
+ENDINGS = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png",
+           ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")
 
-    Hidden files and folders are left out, and the grid.png of a training run. Links are
-    followed, each folder once. Raises FileNotFoundError for a missing folder.
+
+def list_photos(folder: str | Path) -> list[Path]:
+    """Every photo below a folder, sorted; one line says how many other files there are.
+
+    Hidden files and folders are left out, and the grid.png of a training run. Raises
+    FileNotFoundError for a missing folder or fewer than two photos, OSError for a folder
+    that cannot be read.
     """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
-    Image.init()
-    readable = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN}
-    photos = []
-    left_out = Counter()
-    seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    def stop(error):  # or os.walk would pass over that folder
+        raise error
+
+    # By their real paths: links are followed, but nothing is taken twice.
+    photos = {}
+    places = set()
+    files_in_all = 0
+    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:
+        if real in places:
             folders.clear()
             continue
-        seen.add(real)
-        left_out["hidden"] += sum(name[0] == "." for name in folders + files)
+        places.add(real)
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        for path in (Path(place, name) for name in sorted(files) if name[0] != "."):
-            ending = path.suffix.lower()
-            real = os.path.realpath(path)
-            if ending not in readable:
-                left_out[ending or "no ending"] += 1
-            elif not path.is_file() or real in seen:
-                left_out["broken or repeated links"] += 1
-            elif path.name != "grid.png" or not path.with_name("last.pt").exists():
-                photos.append(path)
-                seen.add(real)
-    skipped = ", ".join(f"{number} {kind}" for kind, number in left_out.items() if number)
-    if skipped:
-        print(f"{folder}: {len(photos)} photos; left out: {skipped}")
-    return sorted(photos)
+        files_in_all += len(files)
+        for path in (Path(place, name) for name in sorted(files)):
+            of_run = path.name == "grid.png" and path.with_name("last.pt").exists()
+            hidden = path.name[0] == "." or of_run
+            if path.suffix.lower() in ENDINGS and path.is_file() and not hidden:
+                photos.setdefault(os.path.realpath(path), path)
+    others = files_in_all - len(photos)
+    if others:
+        print(f"{folder}: {len(photos)} photos; {others} other files left out")
+    if len(photos) < 2:
+        raise FileNotFoundError(f"expected at least 2 images below {folder}, found {len(photos)}")
+    return sorted(photos.values())
 
 
-class FolderFaces(Dataset):
-    """Every image below a folder, centre-cropped and resized: uint8 (3, size, size).
-
-    Raises FileNotFoundError for a missing folder or one without at least two images.
-    """
-
-    def __init__(self, folder: str | Path, size: int):
-        self.paths = list_photos(folder)
-        self.size = size
-        if len(self.paths) < 2:
-            raise FileNotFoundError(f"expected at least 2 images below {folder}, found "
-                                    f"{len(self.paths)}")
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return read_photo(self.paths[i], self.size)
-
-
-def stack(dataset: Dataset, most: int | None = None) -> torch.Tensor:
-    """The dataset, or its first `most` items, as one tensor."""
-    wanted = min(len(dataset), most or len(dataset))
-    faces = dataset[0].repeat(wanted, 1, 1, 1)  # filled in place: a list takes twice that
-    for i in range(1, wanted):
-        faces[i] = dataset[i]
-    return faces
+def read_photos(paths: list[Path], size: int) -> torch.Tensor:
+    """The centre squares of photos, resized: uint8 (N, 3, size, size)."""
+    photos = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    for i, path in enumerate(paths):
+        photos[i] = read_photo(path, size)
+    return photos
 
 
 # ---- Scores --------------------------------------------------------------------------
@@ -293,20 +273,19 @@ def spread_out(length: int, most: int) -> list[int]:
 def evaluate_folder(generator, arguments):
     """Print Table 1's rows for a folder and write them as JSON."""
     side = generator.settings["size"]
-    faces = FolderFaces(arguments.evaluate, side)
-    faces.paths = faces.paths[arguments.slice]
-    require(len(faces) > 0, "--slice leaves none of the folder's photos")
+    faces = list_photos(arguments.evaluate)[arguments.slice]
+    require(faces, "--slice leaves none of the folder's photos")
     realism = None
     if arguments.others:
-        others = FolderFaces(arguments.others, side)
-        scored = {path.resolve() for path in faces.paths}
-        require(not scored & {path.resolve() for path in others.paths},
+        others = list_photos(arguments.others)
+        scored = {path.resolve() for path in faces}
+        require(not scored & {path.resolve() for path in others},
                 "--others names the same folder, or a part")
-        others.paths = [others.paths[i] for i in spread_out(len(others), len(faces))]
-        realism = Realism(from_levels(stack(others)).to(arguments.device))
+        others = [others[i] for i in spread_out(len(others), len(faces))]
+        realism = Realism(from_levels(read_photos(others, side)).to(arguments.device))
         few = "; so few that it is chance" if len(others) < 50 else ""
         print(f"realism: against {len(others)} photos of {arguments.others}{few}")
-    hr = from_levels(stack(faces)).to(arguments.device)
+    hr = from_levels(read_photos(faces, side)).to(arguments.device)
     rows = evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device), realism,
                     arguments.seed, arguments.temperature)
     summary = summarize(rows)

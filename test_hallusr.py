@@ -1814,7 +1814,8 @@ def load_names(folder, *flags):
     """The names of the photos that --data FOLDER trains on, and of those held out."""
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "stack", lambda faces, *_: kept.append({p.name for p in faces.paths}))
+        patch.setattr(train, "read_photos",
+                      lambda paths, size: kept.append({path.name for path in paths}))
         arguments, _, _ = train.prepare(["--data", str(folder), *flags])
         train.load_faces(arguments, tiny())
     return kept
@@ -1941,7 +1942,7 @@ def test_transparent_parts_lie_on_white(tmp_path):
 
 
 def write_grey_tiff(path, bits, zero_is_white, values):
-    """One row of four values, given as bytes: Pillow writes none of 12 bits, or with 0 for white."""
+    """One row of four values, given as bytes: Pillow writes none such."""
     rows = [(256, 3, 4), (257, 3, 1), (258, 3, bits), (259, 3, 1), (262, 3, int(not zero_is_white)),
             (273, 4, 8 + 2 + 12 * 9 + 4), (277, 3, 1), (278, 3, 1), (279, 4, len(values))]
     fields = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in rows)
@@ -1982,9 +1983,8 @@ def test_photos_of_a_folder_are_those_a_person_would_count(tmp_path, capsys):
     folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
     for place in (folder / ".ipynb_checkpoints", folder / "deep", folder / "album.jpg", elsewhere):
         place.mkdir(parents=True)
-    names = ["a.png", "b.jfif", "._a.png", ".ipynb_checkpoints/a.png", "deep/c.JPG", "notes.txt",
-             "d.heic", "album.jpg/e.webp"]
-    for name in names:
+    for name in ("a.png", "b.jfif", "._a.png", ".ipynb_checkpoints/a.png", "deep/c.JPG",
+                 "notes.txt", "film.mpg", "letter.eps", "d.h5", "d.wmf", "album.jpg/e.webp"):
         (folder / name).touch()
     (elsewhere / "f.bmp").touch()
     (folder / "linked").symlink_to(elsewhere)
@@ -1994,8 +1994,34 @@ def test_photos_of_a_folder_are_those_a_person_would_count(tmp_path, capsys):
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     found = [path.relative_to(folder).as_posix() for path in sample.list_photos(folder)]
     assert found == ["a.png", "album.jpg/e.webp", "b.jfif", "deep/c.JPG", "linked/f.bmp"]
-    assert ("photos: 5 photos; left out: 2 hidden, 1 .heic, 2 broken or repeated links, "
-            "1 .txt\n") in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{folder}: 5 photos; 8 other files left out\n"
+
+
+@pytest.mark.parametrize("ending", sorted(sample.ENDINGS))
+def test_pillow_reads_what_counts_as_a_photo(ending, tmp_path):
+    if ending not in Image.registered_extensions():
+        pytest.skip("this Pillow was built without it")
+    path = tmp_path / f"photo{ending.upper()}"
+    Image.new("L" if ending == ".pgm" else "RGB", (16, 16), "white").save(path)
+    shutil.copy(path, tmp_path / f"second{ending}")
+    photos = sample.list_photos(tmp_path)
+    assert len(photos) == 2 and (sample.read_photos(photos, 16) > 250).all()
+
+
+def test_a_folder_that_can_not_be_read_is_named_and_not_passed_over(tmp_path, monkeypatch):
+    for name in ("a/1.png", "a/2.png", "a/locked/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    real = os.scandir
+    def scandir(place):
+        if os.path.basename(place) == "locked":
+            raise PermissionError(13, "Permission denied", str(place))
+        return real(place)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="a/locked"):
+        sample.list_photos(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        sample.list_photos(tmp_path / "nowhere")
 
 
 def test_a_photo_is_held_out_or_not_however_its_path_is_spelt():
@@ -2215,7 +2241,7 @@ def test_photos_of_one_name_in_many_folders_are_split(tmp_path):
         (tmp_path / f"{i}/face.png").touch()
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "stack", lambda faces, *_: kept.append(set(faces.paths)))
+        patch.setattr(train, "read_photos", lambda paths, size: kept.append(set(paths)))
         train.load_faces(train.prepare(["--data", str(tmp_path)])[0], tiny())
     assert 0 < len(kept[1]) < 10 and len(kept[0] | kept[1]) == 40 and not kept[0] & kept[1]
 
@@ -2594,7 +2620,8 @@ def test_mistakes_are_named(command, words, workplace, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command, words, expected", [
-    ("python train.py --data nowhere --perceptual pixels", "^train.py: no folder .*nowhere$", 1),
+    ("python train.py --data nowhere --perceptual pixels",
+     "^train.py: .*No such file or directory: .*nowhere'$", 1),
     ("python train.py --width a", "argument --width: invalid int value: 'a'", 2),
     ("python sample.py me.jpg --checkpoint me.jpg", "^sample.py: me.jpg is damaged or no", 1),
 ])

@@ -40,9 +40,9 @@ from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism,
                      hallucination_loss, image_gradient, load_checkpoint, load_generator,
                      load_weights, project_onto_lr, pyramid, quantize, r1_penalty,
                      reconstruction_loss, require, sample, save_checkpoint, to_levels)
-from sample import (FolderFaces, contact_sheet, count, evaluate, find_device,
-                    folder_argument, path_argument, run_as_script, spread_out, stack,
-                    summarize, write_image)
+from sample import (contact_sheet, count, evaluate, find_device, folder_argument,
+                    list_photos, path_argument, read_photos, run_as_script, spread_out, summarize,
+                    write_image)
 
 # ---- Settings: a line each -----------------------------------------------------------
 
@@ -414,19 +414,19 @@ def load_faces(arguments, config) -> tuple[torch.Tensor, torch.Tensor]:
         random = torch.rand(sum(counts), 11, generator=torch.Generator().manual_seed(0))
         drawn = [to_levels(draw_faces(part, config.size)).byte() for part in random.split(50)]
         return torch.cat(drawn).split(counts)
-    train = FolderFaces(arguments.data, config.size)
+    photos = list_photos(arguments.data)
     if arguments.val:
-        valid = FolderFaces(arguments.val, config.size)
+        held_out = list_photos(arguments.val)
     else:
-        valid = copy.copy(train)
         # By a hash of each path: a photo that joins the folder later moves no other.
-        number = {path: path_hash(path.relative_to(arguments.data)) for path in train.paths}
-        valid.paths = [path for path, n in number.items() if n % 20 == 0]
-        valid.paths = valid.paths or [min(number, key=number.get)]  # of a small folder, one
-    held_out = {path.resolve() for path in valid.paths}
-    train.paths = [path for path in train.paths if path.resolve() not in held_out]
-    require(train.paths, f"all photos of {arguments.data} are among those to validate on")
-    return stack(train), stack(valid, arguments.val_faces)
+        number = {path: path_hash(path.relative_to(arguments.data)) for path in photos}
+        held_out = [path for path, n in number.items() if n % 20 == 0]
+        held_out = held_out or [min(number, key=number.get)]  # of a small folder, one
+    known = {path.resolve() for path in held_out}
+    photos = [path for path in photos if path.resolve() not in known]
+    require(photos, f"all photos of {arguments.data} are among those to validate on")
+    faces = read_photos(photos, config.size)
+    return faces, read_photos(held_out[:arguments.val_faces], config.size)
 
 
 def path_hash(path: Path) -> int:
