@@ -265,7 +265,7 @@ def mean_decibel(db: torch.Tensor) -> torch.Tensor:
     return -10 * torch.log10((10 ** (-db / 10)).mean(0))
 
 
-def spread_out(length: int, most: int) -> list[int]:
+def evenly(length: int, most: int) -> list[int]:
     """At most so many of range(length), evenly: neighbours are often of one kind."""
     return [i * length // min(most, length) for i in range(min(most, length))]
 
@@ -281,7 +281,7 @@ def evaluate_folder(generator, arguments):
         scored = {path.resolve() for path in faces}
         require(not scored & {path.resolve() for path in others},
                 "--others names the same folder, or a part")
-        others = [others[i] for i in spread_out(len(others), len(faces))]
+        others = [others[i] for i in evenly(len(others), len(faces))]
         realism = Realism(from_levels(read_photos(others, side)).to(arguments.device))
         few = "; so few that it is chance" if len(others) < 50 else ""
         print(f"realism: against {len(others)} photos of {arguments.others}{few}")

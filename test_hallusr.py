@@ -732,7 +732,7 @@ def test_mean_decibel_averages_errors():
 
 @pytest.mark.parametrize("length, most", [(9, 4), (7, 5), (199, 100), (3, 8), (5, 5)])
 def test_photos_are_spread_over_their_folder(length, most):
-    found = sample.spread_out(length, most)
+    found = sample.evenly(length, most)
     gaps = {b - a for a, b in zip(found, found[1:])}
     assert found[0] == 0 and len(found) == min(most, length) and found[-1] < length
     assert max(gaps) - min(gaps) <= 1 and length - found[-1] <= max(gaps) + 1

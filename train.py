@@ -40,8 +40,8 @@ from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism,
                      hallucination_loss, image_gradient, load_checkpoint, load_generator,
                      load_weights, project_onto_lr, pyramid, quantize, r1_penalty,
                      reconstruction_loss, require, sample, save_checkpoint, to_levels)
-from sample import (contact_sheet, count, evaluate, find_device, folder_argument,
-                    list_photos, path_argument, read_photos, run_as_script, spread_out, summarize,
+from sample import (contact_sheet, count, evaluate, evenly, find_device, folder_argument,
+                    list_photos, path_argument, read_photos, run_as_script, summarize,
                     write_image)
 
 # ---- Settings: a line each -----------------------------------------------------------
@@ -456,7 +456,7 @@ class Report:
         self.arguments = arguments
         self.nets = nets
         self.valid = from_levels(valid).to(arguments.device)
-        self.judges = find_judges(arguments, faces[spread_out(len(faces), len(valid))])
+        self.judges = find_judges(arguments, faces[evenly(len(faces), len(valid))])
         self.out = run_folder(arguments)
         # (score, faces scored, by realism or not): a new folder begins anew.
         goes_on = content and (self.out / "best.pt").exists()
