@@ -197,33 +197,20 @@ def evaluate_batch(generator, hr, lr, z, lpips=None) -> tuple[dict, dict]:
     scores, maps = zip(*[score(image, hr, lr, lpips) for image in hallucinations])
     mean = {name: torch.stack([row[name] for row in scores]).mean(0) for name in scores[0]}
     mean["lr_psnr"] = mean_decibel(torch.stack([row["lr_psnr"] for row in scores]))
-    deviation = std_map(hallucinations)                         # (N, 3, H, W)
-    mean["pixel_std"] = deviation.mean((1, 2, 3))
+    mean["pixel_std"] = std_map(hallucinations).mean((1, 2, 3))
     if lpips is not None:
         mean["diversity"] = diversity_score(torch.stack(maps))
     if len(z) > 1:
-        mean |= spread_scores(hallucinations, deviation, hr)
+        mean |= spread_scores(hallucinations, hr)
     return rows | {"hallucination": mean}, images
 
 
-def spread_scores(samples: torch.Tensor, deviation: torch.Tensor, hr: torch.Tensor) -> dict:
+def spread_scores(samples: torch.Tensor, hr: torch.Tensor) -> dict:
     """Do samples (K, N, 3, H, W) differ from each other as much as from the truth?"""
     variance, error = spread_and_error(samples, hr)
     ranks = rank_histogram(samples, hr)                         # (N, K + 1)
-    missed = (samples.mean(0) - hr).abs()                       # (N, 3, H, W)
     return {"variance": variance, "error": error, "ranks": ranks,
-            "outside": 100 * (ranks[:, 0] + ranks[:, -1]),
-            "map": correlation(deviation, missed)}
-
-
-def correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Pearson's, over all values of each face: does one map show where the other is large?
-
-    Two (N, ...) -> (N,) in [-1, 1], 0 where a map is constant.
-    """
-    a = a.flatten(1) - a.flatten(1).mean(1, keepdim=True)
-    b = b.flatten(1) - b.flatten(1).mean(1, keepdim=True)
-    return torch.cosine_similarity(a, b, dim=1)                 # (N,)
+            "outside": 100 * (ranks[:, 0] + ranks[:, -1])}
 
 
 def upscale_bicubic(lr: torch.Tensor, factor: int = 8) -> torch.Tensor:

@@ -708,13 +708,6 @@ def test_ranks_and_errors_by_hand():
     assert [value.item() for value in found] == pytest.approx([100, 36 * 3 / 4])
 
 
-def test_correlation_is_torchs_own():
-    a, b = torch.randn(2, 5, 3, 4, 4)
-    expected = [torch.corrcoef(torch.stack([x.flatten(), y.flatten()]))[0, 1] for x, y in zip(a, b)]
-    torch.testing.assert_close(sample.correlation(a, b), torch.stack(expected))
-    assert sample.correlation(torch.ones(1, 3, 4, 4), torch.rand(1, 3, 4, 4)).item() == 0
-
-
 def test_spread_scores_are_summed_up_over_faces():
     rows = {"hallucination": {"lr_psnr": torch.ones(2), "variance": torch.tensor([1.0, 3.0]),
                               "error": torch.tensor([6.0, 10.0]), "ranks": torch.ones(2, 4) / 4,
@@ -2573,8 +2566,8 @@ def test_evaluate_writes_json_with_every_row(workplace):
     assert said["evaluate"] == os.path.realpath(workplace / "photos") and said["samples"] == 2
     assert said["checkpoint"] == str(workplace / "runs/photos/last.pt") and said["seed"] == 0
     assert found["n"] == 2 and list(found["rows"]) == ["bicubic", "SR", "hallucination"]
-    assert {"psnr", "ssim", "lpips", "lr_psnr", "pixel_std", "diversity", "spread", "outside",
-            "map"} == set(found["rows"]["hallucination"])
+    assert {"psnr", "ssim", "lpips", "lr_psnr", "pixel_std", "diversity", "spread",
+            "outside"} == set(found["rows"]["hallucination"])
     assert len(found["ranks"]) == 3 and sum(found["ranks"]) == pytest.approx(1)
 
 

@@ -445,7 +445,7 @@ VALID_COLUMNS = ["step", "faces"]
 VALID_COLUMNS += [f"{row}_{score}" for row in ("bicubic", "SR", "hallucination")
                   for score in ("psnr", "ssim", "lr_psnr", "lpips", "realism")]
 VALID_COLUMNS += [f"hallucination_{score}"
-                  for score in ("pixel_std", "diversity", "spread", "outside", "map")]
+                  for score in ("pixel_std", "diversity", "spread", "outside")]
 
 
 class Report:
