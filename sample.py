@@ -36,7 +36,7 @@ from torchvision.utils import make_grid, save_image
 from hallusr import (LPIPS, Realism, diversity_score, downscale, draw_z, from_levels,
                      image_gradient, load_generator, lr_psnr, psnr, quantize,
                      rank_histogram, require, sample, spread_and_error, ssim, std_map, to_levels,
-                     upscale_nearest, whole_file)
+                     upscale_nearest)
 
 # ---- Photos --------------------------------------------------------------------------
 
@@ -290,16 +290,8 @@ def evaluate_folder(generator, arguments):
     model = "_".join(Path(arguments.checkpoint).with_suffix("").parts[-2:])
     path = Path(arguments.out, f"evaluate_{model}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(without_infinity(content), default=str))
+    path.write_text(json.dumps(content, default=str))
     print(f"written to {path}; assets/EXPERIMENTS.md says what each number is")
-
-
-def without_infinity(value):
-    """JSON has no infinity: null stands for the dB of an exact image."""
-    if isinstance(value, dict):
-        return {name: without_infinity(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- Pictures ------------------------------------------------------------------------
@@ -329,12 +321,6 @@ def contact_sheet(generator, lr: torch.Tensor, z: torch.Tensor,
     rows = [torch.stack(above, 1), torch.stack(below, 1)]       # (N, columns, 3, H, W)
     tiles = torch.stack(rows, 1).flatten(0, 2).clamp(0, 1)      # (N*2*columns, 3, H, W)
     return make_grid(tiles, nrow=len(above), padding=1, pad_value=1.0)
-
-
-def write_image(image: torch.Tensor, path: Path):
-    """A picture (3, H, W) in [0, 1] as a whole PNG file. Raises OSError, naming it."""
-    with whole_file(path) as temporary:
-        save_image(image, temporary, format="png")
 
 
 def low_resolution(path: str, generator, is_lr: bool, device: str) -> tuple:
@@ -386,8 +372,8 @@ def write_samples(generator, path: str, arguments):
         if re.fullmatch(r"hallucination_\d+\.png|walk\.gif", old.name):
             old.unlink()
     for name, image in images.items():
-        write_image((image[0] + 1) / 2, folder / f"{name}.png")
-    write_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
+        save_image((image[0] + 1) / 2, folder / f"{name}.png")
+    save_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
     if arguments.walk:
         write_walk(generator, lr, *for_walk, folder / "walk.gif")
     walk = ", walk" if arguments.walk else ""
@@ -411,9 +397,7 @@ def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
     images = sample(generator, lr.expand(frames, -1, -1, -1), z)
     shown = to_levels(upscale_nearest(images, 3)).to(torch.uint8).cpu()
     pictures = [v2.functional.to_pil_image(image) for image in shown]
-    with whole_file(path) as temporary:
-        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:],
-                         duration=80, loop=0)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0)
 
 
 # ---- Command line --------------------------------------------------------------------

@@ -2163,24 +2163,18 @@ def test_programs_compute_float32_with_all_its_digits_on_a_gpu(monkeypatch):
     assert found == [False]
 
 
-@pytest.mark.parametrize("module, writer, file, ends", [
-    (torch, "save", "last.pt", True), (sample, "save_image", "grid.png", False)])
-def test_a_full_disk_is_named_and_leaves_no_half_file(module, writer, file, ends, tmp_path,
-                                                      monkeypatch, capsys):
-    def full(*arguments, **options):
-        for path in arguments:
-            if isinstance(path, Path):
-                path.write_bytes(b"half")
+def test_a_full_disk_is_named_and_leaves_no_half_checkpoint(tmp_path, monkeypatch, capsys):
+    def full(content, path, *_):
+        Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(module, writer, full)
-    words = f"could not write {tmp_path / file}: .*No space left"
-    if ends:
-        with pytest.raises(OSError, match=words):
-            run_training(tmp_path)
-    else:  # a picture is no reason to stop
-        assert run_training(tmp_path)["step"] == 2
-        assert re.search(f"WARNING: no new grid.png: {words}", capsys.readouterr().out)
-    assert not list(tmp_path.glob("*.tmp"))
+    with monkeypatch.context() as patch:  # a picture is no reason to stop
+        patch.setattr(train, "save_image", full)
+        assert run_training(tmp_path / "a")["step"] == 2
+        assert re.search("WARNING: no new grid.png: .*No space left", capsys.readouterr().out)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=f"could not write {tmp_path}/b/last.pt: .*No space left"):
+        run_training(tmp_path / "b")
+    assert not list((tmp_path / "b").glob("*.pt*"))
 
 
 def test_going_on_from_an_older_checkpoint_takes_another_folder(tmp_path):

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torchvision.utils import save_image
 
 from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism,
                      check_architecture, discriminator_loss, diversity_loss, downscale,
@@ -41,8 +42,7 @@ from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism,
                      load_weights, project_onto_lr, pyramid, quantize, r1_penalty,
                      reconstruction_loss, require, sample, save_checkpoint, to_levels)
 from sample import (contact_sheet, count, evaluate, evenly, find_device, folder_argument,
-                    list_photos, path_argument, read_photos, run_as_script, summarize,
-                    write_image)
+                    list_photos, path_argument, read_photos, run_as_script, summarize)
 
 # ---- Settings: a line each -----------------------------------------------------------
 
@@ -563,7 +563,7 @@ class Report:
         z = draw_z((6, self.config.z_dim, *lr.shape[-2:]), self.config.z_shared, rng)
         sheet = contact_sheet(self.nets.ema, lr, z.to(lr.device), hr)
         with warn_of_failure("new grid.png"):
-            write_image(sheet, self.out / "grid.png")
+            save_image(sheet, self.out / "grid.png")
 
     def save(self, name: str):
         """Write a checkpoint from which --resume goes on, with the same data."""
