@@ -417,9 +417,8 @@ def parse_arguments(words=None):
          help="scale of z: 0 is SR, below 1 tamer, above 1 wilder (default: 1)")
     flag("--seed", type=int, default=0, help="seed of z (default: 0)")
     flag("--walk", action="store_true", help="write an animated GIF")
-    flag("--evaluate", metavar="FOLDER", type=folder_argument, help="score on its photos")
-    flag("--others", metavar="FOLDER", type=folder_argument,
-         help="photos of others, for realism")
+    flag("--evaluate", metavar="FOLDER", type=path_argument, help="score on its photos")
+    flag("--others", metavar="FOLDER", type=path_argument, help="photos of others, for realism")
     flag("--slice", type=span, default=slice(None), metavar="FROM:TO",
          help="which photos of the folder, in order of name (default: all)")
     flag("--out", default="samples", type=path_argument,
@@ -450,11 +449,6 @@ def path_argument(word: str) -> str:
     if not word:
         raise argparse.ArgumentTypeError("expected a path, got an empty word")
     return os.path.expanduser(word)
-
-
-def folder_argument(word: str) -> str:
-    """A path that holds from anywhere, as of a run that is resumed elsewhere."""
-    return os.path.abspath(path_argument(word))
 
 
 def span(words: str) -> slice:

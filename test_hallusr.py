@@ -2597,7 +2597,7 @@ def test_realism_is_measured_against_others_spread_over_their_folder(workplace, 
     ("python sample.py --lr --checkpoint runs/photos/last.pt", "--lr goes with images"),
     ("python sample.py me.jpg --lr --checkpoint runs/photos/last.pt", "80x70 pixels, LR has 32"),
     ("python sample.py me.jpg photos/me.jpg", "its folder's below --out"),
-    ("python sample.py --evaluate photos --others me/../photos/", "--others names the same folder"),
+    ("python sample.py --evaluate photos --others val/../photos/", "--others names the same folder"),
     ("python sample.py --evaluate photos --others .", "--others names the same folder"),
 ])
 def test_mistakes_are_named(command, words, workplace, monkeypatch, capsys):

@@ -41,8 +41,8 @@ from hallusr import (LPIPS, Discriminator, Generator, PerceptualLoss, Realism,
                      hallucination_loss, image_gradient, load_checkpoint, load_generator,
                      load_weights, project_onto_lr, pyramid, quantize, r1_penalty,
                      reconstruction_loss, require, sample, save_checkpoint, to_levels)
-from sample import (contact_sheet, count, evaluate, evenly, find_device, folder_argument,
-                    list_photos, path_argument, read_photos, run_as_script, summarize)
+from sample import (contact_sheet, count, evaluate, evenly, find_device, list_photos,
+                    path_argument, read_photos, run_as_script, summarize)
 
 # ---- Settings: a line each -----------------------------------------------------------
 
@@ -706,8 +706,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The run's own flags, and one per setting. What is not said stays None."""
     parser = argparse.ArgumentParser(description="Train hallusr, on photos or drawn faces.")
     run = parser.add_argument_group("the run").add_argument
-    run("--data", type=folder_argument, help="a folder of photos (default: drawn faces)")
-    run("--val", type=folder_argument, help="to validate on (default: 5 %% of --data)")
+    run("--data", type=path_argument, help="a folder of photos (default: drawn faces)")
+    run("--val", type=path_argument, help="to validate on (default: 5 %% of --data)")
     run("--out", type=path_argument,
         help="folder for results (default: a new one in runs, or where --resume lies)")
     run("--resume", type=path_argument, help="go on from this last.pt, with its settings")
@@ -735,6 +735,9 @@ def build_parser() -> argparse.ArgumentParser:
 def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
     """Arguments, settings, and the checkpoint to resume; what is said goes first."""
     arguments = build_parser().parse_args(words)
+    # For a run that is resumed from elsewhere.
+    arguments.data = arguments.data and os.path.abspath(arguments.data)
+    arguments.val = arguments.val and os.path.abspath(arguments.val)
     content = None
     if arguments.resume:
         content = load_run(arguments)
