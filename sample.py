@@ -477,8 +477,9 @@ def run_as_script(main):
     """main(), with one sentence in place of a traceback for what a user can mend."""
     # float32 with all its digits on a GPU too: for scores, and for R1.
     torch.backends.cudnn.allow_tf32 = False
-    # A file's name may hold letters that the terminal has not.
-    sys.stdout.reconfigure(errors="replace")
+    # A file's name may hold letters that the terminal has not. Notebooks have no such method.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
         print(end="", flush=True)

@@ -2438,6 +2438,24 @@ def test_a_reader_of_samples_that_leaves_is_no_error(tmp_path):
     assert len(done.stdout.splitlines()) == 1 and done.stderr == ""
 
 
+def test_a_terminal_that_is_gone_is_one_sentence(tmp_path):
+    ours, its = os.openpty()
+    process = subprocess.Popen([sys.executable, str(HERE / "sample.py"), "--out", str(tmp_path)],
+                               stdout=its, stderr=subprocess.PIPE, text=True)
+    os.close(its)
+    os.close(ours)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and errors == "sample.py: [Errno 5] Input/output error\n"
+
+
+def test_scripts_run_where_stdout_is_a_notebooks(monkeypatch):
+    seen = []
+    notebook = SimpleNamespace(write=seen.append, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", notebook)
+    sample.run_as_script(lambda: print("all is well"))
+    assert "all is well" in seen
+
+
 def test_the_benchmark_prints_what_a_step_costs(workplace):
     code, printed = run_script(f"python .ci/benchmark {TINY_FLAGS}", workplace)
     assert code == 0 and re.search(r"ms per step, [\d.]+ images/s; data", printed), printed
