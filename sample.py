@@ -201,16 +201,10 @@ def evaluate_batch(generator, hr, lr, z, lpips=None) -> tuple[dict, dict]:
     if lpips is not None:
         mean["diversity"] = diversity_score(torch.stack(maps))
     if len(z) > 1:
-        mean |= spread_scores(hallucinations, hr)
+        mean["variance"], mean["error"] = spread_and_error(hallucinations, hr)
+        mean["ranks"] = rank_histogram(hallucinations, hr)      # (N, K + 1)
+        mean["outside"] = 100 * (mean["ranks"][:, 0] + mean["ranks"][:, -1])
     return rows | {"hallucination": mean}, images
-
-
-def spread_scores(samples: torch.Tensor, hr: torch.Tensor) -> dict:
-    """Do samples (K, N, 3, H, W) differ from each other as much as from the truth?"""
-    variance, error = spread_and_error(samples, hr)
-    ranks = rank_histogram(samples, hr)                         # (N, K + 1)
-    return {"variance": variance, "error": error, "ranks": ranks,
-            "outside": 100 * (ranks[:, 0] + ranks[:, -1])}
 
 
 def upscale_bicubic(lr: torch.Tensor, factor: int = 8) -> torch.Tensor:
