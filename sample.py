@@ -33,10 +33,9 @@ from PIL import Image, ImageCms, ImageOps  # Pillow comes with torchvision
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
-from hallusr import (LPIPS, Realism, diversity_score, downscale, draw_z, from_levels,
-                     image_gradient, load_generator, lr_psnr, psnr, quantize,
-                     rank_histogram, require, sample, spread_and_error, ssim, std_map, to_levels,
-                     upscale_nearest)
+from hallusr import (LPIPS, Realism, TwoSampleAUC, diversity_score, downscale, draw_z, from_levels,
+                     image_gradient, load_generator, lr_psnr, psnr, quantize, rank_histogram,
+                     require, sample, spread_and_error, ssim, std_map, to_levels, upscale_nearest)
 
 # ---- Photos --------------------------------------------------------------------------
 
@@ -161,12 +160,13 @@ def read_photos(paths: list[Path], size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips: LPIPS | None = None,
-             realism: Realism | None = None, seed: int = 0, temperature: float = 1.0) -> dict:
+             realism: Realism | None = None, auc: TwoSampleAUC | None = None, seed: int = 0,
+             temperature: float = 1.0) -> dict:
     """Table 1's rows for hr (N, 3, H, W) in [-1, 1], from which LR is made.
 
     {"bicubic" | "SR" | "hallucination": {metric: (N,)}}, of a hallucination means over
-    its samples, with z from seed. LPIPS and diversity come with `lpips`; `realism` gives
-    one number for all N, of hallucinations the first of each.
+    its samples, with z from seed. LPIPS and diversity come with `lpips`; `realism` and
+    `auc` give one number for all N, of hallucinations the first of each.
     """
     require(samples >= 1, f"samples must be 1 or more, got {samples}")
     lr = quantize(downscale(hr, generator.scale))               # (N, 3, h, w)
@@ -181,9 +181,10 @@ def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips: LPIPS | None
         images.append(part_images)
     rows = {row: {name: torch.cat([part[row][name] for part in scores]) for name in metrics}
             for row, metrics in scores[0].items()}
-    if realism is not None:
-        for row in rows:
-            rows[row]["realism"] = realism(torch.cat([part[row] for part in images]))
+    for name, judge in (("realism", realism), ("auc", auc)):
+        if judge is not None:
+            for row in rows:
+                rows[row][name] = judge(torch.cat([part[row] for part in images]))
     return rows
 
 
@@ -256,19 +257,20 @@ def evaluate_folder(generator, arguments):
     side = generator.settings["size"]
     faces = list_photos(arguments.evaluate)[arguments.slice]
     require(faces, "--slice leaves none of the folder's photos")
-    realism = None
+    judges = {}
     if arguments.others:
         others = list_photos(arguments.others)
         scored = {path.resolve() for path in faces}
         require(not scored & {path.resolve() for path in others},
                 "--others names the same folder, or a part")
         others = [others[i] for i in evenly(len(others), len(faces))]
-        realism = Realism(from_levels(read_photos(others, side)).to(arguments.device))
+        photographs = from_levels(read_photos(others, side)).to(arguments.device)
+        judges |= {"realism": Realism(photographs), "auc": TwoSampleAUC(photographs)}
         few = "; so few that it is chance" if len(others) < 50 else ""
-        print(f"realism: against {len(others)} photos of {arguments.others}{few}")
+        print(f"realism and auc: against {len(others)} photos of {arguments.others}{few}")
     hr = from_levels(read_photos(faces, side)).to(arguments.device)
-    rows = evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device), realism,
-                    arguments.seed, arguments.temperature)
+    rows = evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device),
+                    seed=arguments.seed, temperature=arguments.temperature, **judges)
     summary = summarize(rows)
     print(f"n = {len(hr)} faces of {side}x{side}, {arguments.samples} samples, seed "
           f"{arguments.seed}, temperature {arguments.temperature:g}")

@@ -946,6 +946,19 @@ def test_evaluate_scores_what_the_generator_makes():
     assert torch.equal(still["hallucination"]["pixel_std"], torch.zeros(60))
 
 
+def test_judges_see_all_images_of_a_row_at_once_and_of_hallucinations_the_first():
+    hr = levels(60, 3, 16, 16)  # more than one part
+    rows = sample.evaluate(Bicubic(), hr, 3, realism=torch.mean, auc=lambda x: x[55, 0, 2, 3])
+    lr = hallusr.quantize(hallusr.downscale(hr, 4))
+    z = hallusr.draw_z((3, 60, 5, 4, 4), 0.0, torch.Generator().manual_seed(0))
+    expected = {"bicubic": hallusr.quantize(sample.upscale_bicubic(lr, 4)),
+                "SR": hallusr.sample(Bicubic(), lr, torch.zeros(60, 5, 4, 4)),
+                "hallucination": hallusr.sample(Bicubic(), lr, z[0])}
+    for row, made in expected.items():
+        torch.testing.assert_close(rows[row]["realism"], made.mean())
+        assert rows[row]["auc"] == made[55, 0, 2, 3]
+
+
 def test_upscale_bicubic_against_its_kernel():
     def weight(t):  # Keys' kernel with a = -0.75, as torch documents
         t = abs(t)
@@ -2590,17 +2603,19 @@ def test_realism_is_measured_against_others_spread_over_their_folder(workplace, 
     for i in range(9):
         (workplace / "others").mkdir(exist_ok=True)
         save_image(torch.rand(3, 32, 32), workplace / f"others/{i}.png")
-    seen, init = [], hallusr.Realism.__init__
-    monkeypatch.setattr(hallusr.Realism, "__init__",
-                        lambda self, photos: (seen.append(photos), init(self, photos))[1])
+    seen = []
+    for judge in (sample.Realism, sample.TwoSampleAUC):
+        monkeypatch.setattr(judge, "__init__", lambda self, photos, init=judge.__init__: (
+            seen.append(photos), init(self, photos))[1])
     sample.main(["--evaluate", str(workplace / "photos"), "--others", str(workplace / "others"),
                  "--samples", "1", "--checkpoint", str(workplace / "runs/photos/last.pt"),
                  "--out", str(workplace / "scores")])
     expected = [sample.read_photo(workplace / f"others/{i}.png", 32) for i in (0, 2, 4, 6)]
+    assert len(seen) == 2 and seen[0] is seen[1]
     assert torch.equal(seen[0], hallusr.from_levels(torch.stack(expected)))
-    assert "realism: against 4 photos" in capsys.readouterr().out
+    assert "realism and auc: against 4 photos" in capsys.readouterr().out
     rows = json.loads((workplace / "scores/evaluate_photos_last.json").read_text())["rows"]
-    assert all(row["realism"] > 0 for row in rows.values())
+    assert all(row["realism"] > 0 and 0 <= row["auc"] <= 1 for row in rows.values())
 
 
 @pytest.mark.parametrize("command, words", [
@@ -2615,7 +2630,7 @@ def test_realism_is_measured_against_others_spread_over_their_folder(workplace, 
     ("python sample.py --lr --checkpoint runs/photos/last.pt", "--lr goes with images"),
     ("python sample.py me.jpg --lr --checkpoint runs/photos/last.pt", "80x70 pixels, LR has 32"),
     ("python sample.py me.jpg photos/me.jpg", "its folder's below --out"),
-    ("python sample.py --evaluate photos --others val/../photos/", "--others names the same folder"),
+    ("python sample.py --evaluate photos --others val/../photos", "--others names the same folder"),
     ("python sample.py --evaluate photos --others .", "--others names the same folder"),
 ])
 def test_mistakes_are_named(command, words, workplace, monkeypatch, capsys):
