@@ -286,8 +286,9 @@ def evaluate_folder(generator, arguments):
     model = "_".join(Path(arguments.checkpoint).with_suffix("").parts[-2:])
     path = Path(arguments.out, f"evaluate_{model}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
+    earlier = " in place of earlier scores" if path.exists() else ""
     path.write_text(json.dumps(content, default=str))
-    print(f"written to {path}; assets/EXPERIMENTS.md says what each number is")
+    print(f"written to {path}{earlier}; assets/EXPERIMENTS.md says what each number is")
 
 
 # ---- Pictures ------------------------------------------------------------------------
@@ -362,11 +363,6 @@ def write_samples(generator, path: str, arguments):
     images["mean"] = samples[1:].mean(0, keepdim=True)
     images["std"] = std_map(samples[1:, None]) / 32 - 1  # white: 64 grey levels
     folder = results_folder(path, arguments)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Those of another model or seed must not stand among these.
-    for old in folder.iterdir():
-        if re.fullmatch(r"hallucination_\d+\.png|walk\.gif", old.name):
-            old.unlink()
     for name, image in images.items():
         save_image((image[0] + 1) / 2, folder / f"{name}.png")
     save_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
@@ -377,10 +373,23 @@ def write_samples(generator, path: str, arguments):
 
 
 def results_folder(path: str, arguments) -> Path:
-    """A photo's folder below --out. ValueError where the photo itself lies in it."""
-    folder = Path(arguments.out) / Path(path).stem
-    require(Path(path).resolve().parent != folder.resolve(),
+    """The folder of a photo's results below --out, made, and rid of earlier samples.
+
+    Raises ValueError where the photo itself, or results of another one, lie in it.
+    """
+    photo = Path(path).resolve()
+    folder = Path(arguments.out, Path(path).stem.lstrip("."))  # ".." would lead upwards
+    require(photo.parent != folder.resolve(),
             f"results of {path} would lie beside it, in {folder}: name another --out")
+    source = folder / "source.txt"
+    require(not source.exists() or source.read_bytes() == os.fsencode(photo),
+            f"{folder} holds results of another image, see {source}: name another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    source.write_bytes(os.fsencode(photo))
+    # Those of another model or seed must not stand among the new ones.
+    for old in folder.iterdir():
+        if re.fullmatch(r"hallucination_\d+\.png|walk\.gif", old.name):
+            old.unlink()
     return folder
 
 
@@ -423,9 +432,6 @@ def parse_arguments(words=None):
     found = parser.parse_args(words)
     if not (found.photos or found.evaluate or found.lr):
         found.photos = [str(assets / "astronaut.png")]
-    names = {Path(path).stem for path in found.photos} - {"", ".", ".."}
-    require(len(names) == len(found.photos),
-            f"a photo's name is its folder's below --out: rename one of {found.photos}")
     require(0 <= found.temperature < math.inf, f"--temperature {found.temperature} is no scale")
     require(0 <= found.seed < 2 ** 32, f"--seed must be in [0, 2^32), got {found.seed}")
     alone = found.slice == slice(None) and not found.others

@@ -709,11 +709,12 @@ def test_ranks_and_errors_by_hand():
 
 
 def test_spread_scores_are_summed_up_over_faces():
-    rows = {"hallucination": {"lr_psnr": torch.ones(2), "variance": torch.tensor([1.0, 3.0]),
+    rows = {"hallucination": {"psnr": torch.ones(2), "lr_psnr": torch.ones(2),
+                              "variance": torch.tensor([1.0, 3.0]),
                               "error": torch.tensor([6.0, 10.0]), "ranks": torch.ones(2, 4) / 4,
                               "outside": torch.tensor([50.0, 40.0])}}
     found = sample.summarize(rows)["hallucination"]
-    assert found == pytest.approx({"lr_psnr": 1.0, "outside": 45.0, "spread": 0.5})
+    assert found == pytest.approx({"psnr": 1.0, "lr_psnr": 1.0, "outside": 45.0, "spread": 0.5})
     rows["hallucination"]["error"] = torch.zeros(2)  # a model that knows everything
     assert sample.summarize(rows)["hallucination"]["spread"] == math.inf
 
@@ -1039,7 +1040,6 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: train.check_config(tiny(seed=2 ** 40)), "seed must be in .*got 1099511627776"),
     (lambda: sample.parse_arguments(["--temperature", "inf"]), "--temperature inf is no scale"),
     (lambda: sample.parse_arguments(["--seed", "20000000000000"]), "seed must be in"),
-    (lambda: sample.parse_arguments(["...png"]), "its folder's below --out"),
     (lambda: sample.parse_arguments(["--slice", "1:2"]), "--slice and --others go with"),
     (lambda: sample.parse_arguments(["--lr", "--evaluate", "x"]), "--evaluate makes LR itself"),
     (lambda: train.main(["--val", "x", "--device", "cpu"]), "--val goes with a folder of photos"),
@@ -1812,7 +1812,8 @@ def test_a_photos_centre_is_cropped_and_shrunk_as_pillow_does(tmp_path):
 
 
 def test_lr_psnr_is_summed_up_by_its_errors():
-    found = sample.summarize({"SR": {"lr_psnr": torch.tensor([20.0, math.inf])}})
+    rows = {"SR": {"psnr": torch.ones(2), "lr_psnr": torch.tensor([20.0, math.inf])}}
+    found = sample.summarize(rows)
     assert found["SR"]["lr_psnr"] == pytest.approx(23.0103, abs=1e-3)  # half the error of 20 dB
 
 
@@ -2496,7 +2497,7 @@ def test_sample_writes_what_it_promises(workplace, monkeypatch, capsys):
     assert "LR of 8x8 pixels, from its centre square, resized to 32" in printed
     names = {path.name for path in (workplace / "made/me").iterdir()}
     assert names == {"grid.png", "lr.png", "sr.png", "hallucination_1.png", "hallucination_2.png",
-                     "hallucination_3.png", "mean.png", "std.png", "walk.gif"}
+                     "hallucination_3.png", "mean.png", "std.png", "walk.gif", "source.txt"}
     made = [sample.read_image(workplace / f"made/me/hallucination_{k}.png") for k in (1, 2, 3)]
     assert not torch.equal(made[0], made[1]) and made[0].shape == (3, 32, 32)
     mean, std = (sample.read_image(workplace / f"made/me/{name}.png") for name in ("mean", "std"))
@@ -2570,6 +2571,30 @@ def test_samples_never_touch_what_is_not_theirs(workplace, monkeypatch, capsys):
     assert names == [f"hallucination_{k:02}.png" for k in range(1, 12)] + ["hallucination_x.png"]
 
 
+def test_photos_of_one_name_do_not_replace_each_others_results(workplace, monkeypatch, capsys):
+    for folder in ("n1", "n2"):
+        (workplace / folder).mkdir()
+        save_image(torch.rand(3, 8, 8), workplace / folder / "one.png")
+    words = "python sample.py {}/one.png --lr --checkpoint runs/photos/last.pt --out shared"
+    run_here(words.format("n1"), workplace, monkeypatch, capsys)
+    before = (workplace / "shared/one/grid.png").read_bytes()
+    with pytest.raises(ValueError, match="shared/one holds results of another image, see shared/"
+                                         "one/source.txt: name another --out"):
+        run_here(words.format("n2"), workplace, monkeypatch, capsys)
+    assert (workplace / "shared/one/grid.png").read_bytes() == before
+    run_here(words.format("./n1/../n1") + " --seed 1", workplace, monkeypatch, capsys)
+    assert (workplace / "shared/one/grid.png").read_bytes() != before
+    assert (workplace / "shared/one/source.txt").read_text() == str(workplace / "n1/one.png")
+
+
+def test_a_name_of_dots_leads_nowhere_else(workplace):
+    words = SimpleNamespace(out=str(workplace / "shared/deep"))
+    for name, folder in (("...png", "."), ("..png", "."), (".me.png", "me"), ("a.b.png", "a.b")):
+        found = sample.results_folder(str(workplace / name), words)
+        assert found == workplace / "shared/deep" / folder
+        (found / "source.txt").unlink()
+
+
 def test_the_model_of_the_repository_is_true_to_its_input_and_diverse():
     generator = hallusr.load_generator(HERE / "assets/faces64.pt")
     lr = torch.stack([hallusr.from_levels(sample.read_image(path))
@@ -2582,10 +2607,13 @@ def test_the_model_of_the_repository_is_true_to_its_input_and_diverse():
 
 
 @needs_lpips
-def test_evaluate_writes_json_with_every_row(workplace):
+def test_evaluate_writes_json_with_every_row(workplace, capsys):
+    (workplace / "scores").mkdir(exist_ok=True)
+    (workplace / "scores/evaluate_photos_last.json").write_text("of another folder")
     sample.main(["--evaluate", str(workplace / "photos"), "--slice", "1:3", "--samples", "2",
                  "--checkpoint", str(workplace / "runs/photos/last.pt"),
                  "--out", str(workplace / "scores")])
+    assert "photos_last.json in place of earlier scores" in capsys.readouterr().out
     found = json.loads((workplace / "scores/evaluate_photos_last.json").read_text())
     said = found["arguments"]
     assert said["evaluate"] == os.path.realpath(workplace / "photos") and said["samples"] == 2
@@ -2629,7 +2657,6 @@ def test_realism_is_measured_against_others_spread_over_their_folder(workplace, 
     ("python sample.py photos --checkpoint runs/photos/last.pt", "photos cannot be read"),
     ("python sample.py --lr --checkpoint runs/photos/last.pt", "--lr goes with images"),
     ("python sample.py me.jpg --lr --checkpoint runs/photos/last.pt", "80x70 pixels, LR has 32"),
-    ("python sample.py me.jpg photos/me.jpg", "its folder's below --out"),
     ("python sample.py --evaluate photos --others val/../photos", "--others names the same folder"),
     ("python sample.py --evaluate photos --others .", "--others names the same folder"),
 ])
