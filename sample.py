@@ -1,11 +1,11 @@
 """Sample a trained hallusr generator: photos in, many plausible faces out.
 
-    python sample.py                      try it on the portrait that comes with this repository
-    python sample.py PHOTO...             grid, reconstruction, hallucinations, mean, deviation
+    python sample.py                      try it on this repository's portrait
+    python sample.py PHOTO...             grid, reconstruction, hallucinations, ...
     python sample.py SMALL... --lr        the images are low-resolution already
     python sample.py PHOTO --walk         and a GIF along a closed path in z
     python sample.py --evaluate FOLDER    scores on its photos, and a JSON file of them
-    python sample.py ... --checkpoint RUN/last.pt    your own model, not this repository's
+    python sample.py ... --checkpoint RUN/last.pt    your own model, not the one here
 
 The faces are invented. They say which pictures fit the small one, never who is in it.
 """
@@ -17,8 +17,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # torch's threads spin while they wait, and beside a busy program stand in each
     # other's way. This must be said before torch is imported.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import io
@@ -33,9 +32,10 @@ from PIL import Image, ImageCms, ImageOps  # Pillow comes with torchvision
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
-from hallusr import (LPIPS, Realism, TwoSampleAUC, diversity_score, downscale, draw_z, from_levels,
-                     image_gradient, load_generator, lr_psnr, psnr, quantize, rank_histogram,
-                     require, sample, spread_and_error, ssim, std_map, to_levels, upscale_nearest)
+from hallusr import (LPIPS, Realism, TwoSampleAUC, diversity_score, downscale, draw_z,
+                     from_levels, image_gradient, load_generator, lr_psnr, psnr, quantize,
+                     rank_histogram, require, sample, spread_and_error, ssim, std_map,
+                     to_levels, upscale_nearest)
 
 # ---- Photos --------------------------------------------------------------------------
 
@@ -51,7 +51,7 @@ def read_image(path: str | Path) -> torch.Tensor:
                     f"its values are of mode {image.mode}, not 8-bit")
             image.load()  # of a TIFF, Pillow turns it here
             exif = image.getexif()
-            for field in set(exif) - {0x0112}:  # all but orientation: they are often broken
+            for field in set(exif) - {0x0112}:  # all but orientation are often broken
                 del exif[field]
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I;16"):
@@ -76,8 +76,7 @@ def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
         except (ImageCms.PyCMSError, OSError, ValueError) as error:
             print(f"WARNING: {path}: its colour profile is not used: {error}")
     if has_alpha:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -101,9 +100,9 @@ def read_photo(path: str | Path, size: int) -> torch.Tensor:
     Raises ValueError, naming the file, when it is no image or smaller than size.
     """
     image = read_image(path)
-    side = min(image.shape[-2:])
-    require(side >= size, f"{path} is {image.shape[2]}x{image.shape[1]} pixels, expected at least "
-                          f"{size}x{size}")
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    require(side >= size, f"{path} is {width}x{height} pixels, expected at least {size}x{size}")
     square = v2.functional.center_crop(image, [side, side])
     return v2.functional.resize(square, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
 
@@ -159,14 +158,13 @@ def read_photos(paths: list[Path], size: int) -> torch.Tensor:
 # ---- Scores --------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips: LPIPS | None = None,
-             realism: Realism | None = None, auc: TwoSampleAUC | None = None, seed: int = 0,
-             temperature: float = 1.0) -> dict:
+def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips=None, realism=None,
+             auc=None, seed: int = 0, temperature: float = 1.0) -> dict:
     """Table 1's rows for hr (N, 3, H, W) in [-1, 1], from which LR is made.
 
     {"bicubic" | "SR" | "hallucination": {metric: (N,)}}, of a hallucination means over
-    its samples, with z from seed. LPIPS and diversity come with `lpips`; `realism` and
-    `auc` give one number for all N, of hallucinations the first of each.
+    its samples, with z from seed. LPIPS and diversity come with `lpips`, an LPIPS. A
+    Realism and a TwoSampleAUC give one number for all N, of hallucinations the first.
     """
     require(samples >= 1, f"samples must be 1 or more, got {samples}")
     lr = quantize(downscale(hr, generator.scale))               # (N, 3, h, w)
@@ -179,8 +177,9 @@ def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips: LPIPS | None
         part_scores, part_images = evaluate_batch(generator, *part, lpips)
         scores.append(part_scores)
         images.append(part_images)
-    rows = {row: {name: torch.cat([part[row][name] for part in scores]) for name in metrics}
-            for row, metrics in scores[0].items()}
+    rows = {}
+    for row, names in scores[0].items():
+        rows[row] = {name: torch.cat([part[row][name] for part in scores]) for name in names}
     for name, judge in (("realism", realism), ("auc", auc)):
         if judge is not None:
             for row in rows:
@@ -204,7 +203,7 @@ def evaluate_batch(generator, hr, lr, z, lpips=None) -> tuple[dict, dict]:
     if len(z) > 1:
         mean["variance"], mean["error"] = spread_and_error(hallucinations, hr)
         mean["ranks"] = rank_histogram(hallucinations, hr)      # (N, K + 1)
-        mean["outside"] = 100 * (mean["ranks"][:, 0] + mean["ranks"][:, -1])
+        mean["outside"] = 100 * mean["ranks"][:, [0, -1]].sum(1)
     return rows | {"hallucination": mean}, images
 
 
@@ -233,8 +232,7 @@ def summarize(rows: dict) -> dict:
         means = {name: values.mean().item() for name, values in metrics.items()
                  if name not in ("ranks", "variance", "error")}
         means["lr_psnr"] = mean_decibel(metrics["lr_psnr"]).item()
-        if "psnr" in metrics:
-            means["psnr"] = metrics["psnr"].clamp(max=100).mean().item()
+        means["psnr"] = metrics["psnr"].clamp(max=100).mean().item()
         if "variance" in metrics:
             ratio = metrics["variance"].mean() / metrics["error"].mean()
             means["spread"] = ratio.sqrt().item()
@@ -249,7 +247,8 @@ def mean_decibel(db: torch.Tensor) -> torch.Tensor:
 
 def evenly(length: int, most: int) -> list[int]:
     """At most so many of range(length), evenly: neighbours are often of one kind."""
-    return [i * length // min(most, length) for i in range(min(most, length))]
+    count = min(most, length)
+    return [i * length // count for i in range(count)]
 
 
 def evaluate_folder(generator, arguments):
@@ -260,25 +259,21 @@ def evaluate_folder(generator, arguments):
     judges = {}
     if arguments.others:
         others = list_photos(arguments.others)
-        scored = {path.resolve() for path in faces}
-        require(not scored & {path.resolve() for path in others},
-                "--others names the same folder, or a part")
+        shared = set(map(Path.resolve, faces)) & set(map(Path.resolve, others))
+        require(not shared, "--others names the same folder, or a part")
         others = [others[i] for i in evenly(len(others), len(faces))]
         photographs = from_levels(read_photos(others, side)).to(arguments.device)
         judges |= {"realism": Realism(photographs), "auc": TwoSampleAUC(photographs)}
-        few = "; so few that it is chance" if len(others) < 50 else ""
-        print(f"realism and auc: against {len(others)} photos of {arguments.others}{few}")
+        print(f"realism and auc: against {len(others)} photos (below 50 they are chance)")
     hr = from_levels(read_photos(faces, side)).to(arguments.device)
     rows = evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device),
                     seed=arguments.seed, temperature=arguments.temperature, **judges)
     summary = summarize(rows)
     print(f"n = {len(hr)} faces of {side}x{side}, {arguments.samples} samples, seed "
           f"{arguments.seed}, temperature {arguments.temperature:g}")
-    columns = list(summary["hallucination"])
-    print(" " * 14 + "".join(f"{name:>11}" for name in columns))
     for name, row in summary.items():
-        cells = [f"{row[key]:.3f}" if key in row else "" for key in columns]
-        print(f"{name:14}" + "".join(f"{cell:>11}" for cell in cells))
+        scores = "  ".join(f"{score} {value:.3f}" for score, value in row.items())
+        print(f"  {name:13}  {scores}")
     content = {"n": len(hr), "arguments": vars(arguments), "rows": summary}
     if "ranks" in rows["hallucination"]:
         content["ranks"] = rows["hallucination"]["ranks"].mean(0).tolist()
@@ -354,22 +349,18 @@ def write_samples(generator, path: str, arguments):
     samples = torch.cat([sample(generator, lr.expand(len(part), -1, -1, -1), part)
                          for part in latents.split(50)])  # 50 fit any memory
 
-    digits = len(str(arguments.samples))  # 01 before 10, in order of name
-    names = ["sr"] + [f"hallucination_{k:0{digits}}" for k in range(1, len(latents))]
-    images = dict(zip(names, samples.split(1)))
-    for name, image in images.items():
-        print(f"  {name}: LR-PSNR {lr_psnr(image, lr).item():.1f} dB")
-    images["lr"] = lr
-    images["mean"] = samples[1:].mean(0, keepdim=True)
+    images = {"lr": lr, "sr": samples[:1], "mean": samples[1:].mean(0, keepdim=True)}
     images["std"] = std_map(samples[1:, None]) / 32 - 1  # white: 64 grey levels
+    digits = len(str(arguments.samples))  # 01 before 10, in order of name
+    for k, image in enumerate(samples[1:].split(1), start=1):
+        images[f"hallucination_{k:0{digits}}"] = image
     folder = results_folder(path, arguments)
     for name, image in images.items():
         save_image((image[0] + 1) / 2, folder / f"{name}.png")
     save_image(contact_sheet(generator, lr, z, hr), folder / "grid.png")
     if arguments.walk:
         write_walk(generator, lr, *for_walk, folder / "walk.gif")
-    walk = ", walk" if arguments.walk else ""
-    print(f"  written to {folder}/: {', '.join(images)}, grid{walk}")
+    print(f"  written to {folder}/")
 
 
 def results_folder(path: str, arguments) -> Path:
@@ -479,7 +470,8 @@ def run_as_script(main):
     """main(), with one sentence in place of a traceback for what a user can mend."""
     # float32 with all its digits on a GPU too: for scores, and for R1.
     torch.backends.cudnn.allow_tf32 = False
-    # A file's name may hold letters that the terminal has not. Notebooks have no such method.
+    script = Path(sys.argv[0]).name
+    # A file's name may hold letters that the terminal has not. A notebook has all.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -489,12 +481,12 @@ def run_as_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(f"{script}: {error}")
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: out of memory: lower --batch or --samples, or "
-                 f"take --device cpu ({str(error).partition(chr(10))[0]})")
+        sys.exit(f"{script}: out of memory: lower --batch or --samples, or take --device cpu "
+                 f"({str(error).partition(chr(10))[0]})")
 
 
 def main(words=None):
