@@ -22,7 +22,6 @@ Delete its statements that begin with require or check_, some of which span line
 only turn wrong arguments into clear errors.
 """
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,7 +34,8 @@ from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
 def to_levels(x: torch.Tensor) -> torch.Tensor:
     """Floats, clamped to [-1, 1], as 8-bit values 0, 1, ..., 255 (still floats)."""
     require_floats(x)
-    # bfloat16 has too few digits for 256 levels. No slope is better than one of 0.
+    # bfloat16 has too few digits for 256 levels. Detached, as rounding has slope 0, and
+    # a silent 0 is worse than an error.
     return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round()
 
 
@@ -67,7 +67,7 @@ def downscale(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
 def upscale_nearest(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
     """Repeat every pixel, so that downscale undoes it. (N, C, h, w) -> (N, C, H, W)."""
     size = (x.shape[-2] * factor, x.shape[-1] * factor)
-    # Plain "nearest" takes a wrong neighbour by some factors, 41 the smallest of them.
+    # Plain "nearest" takes a wrong neighbour by some factors.
     return fn.interpolate(x, size, mode="nearest-exact")
 
 
@@ -228,17 +228,17 @@ def hallucination_loss(adv_g, adv_i, l_z, alpha=1.0):
 def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 12.75) -> torch.Tensor:
     """F of (12): by how many grey levels, beyond eps, the shrunken image misses LR.
 
-    image (N, 3, H, W), lr (N, 3, h, w) on 8-bit levels -> (N, 3, h, w). For D_I in
-    training alone: at evaluation lr_psnr asks the same. Needs: quantize, to_levels,
-    from_levels, downscale, scale_between.
+    image (N, 3, H, W), lr (N, 3, h, w) on 8-bit levels -> (N, 3, h, w), 0 for the true
+    image. In training alone, for D_I: at evaluation lr_psnr asks the same.
+    Needs: quantize, to_levels, from_levels, downscale, scale_between.
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
+    # Of an LR shrunk bicubically, this differs by 2.7 levels: within eps, so F stays 0.
     shrunk = downscale(image, scale_between(image, lr))         # (N, 3, h, w)
     # In grey levels, D_I sees a small error without large weights.
     r = 2 / 255
     # Section 4.1 puts eps = 0.1 in here. It would permit nothing: errors are whole
-    # levels. Section 4.2 puts it in (9), on [-1, 1]: 0.1 / r = 12.75 levels. So wide
-    # that an LR of bicubic shrinking, 2.7 levels from DS, leaves F at 0.
+    # levels. Section 4.2 puts it in (9), on [-1, 1]: 0.1 / r = 12.75 levels.
     return fn.relu((quantize(shrunk) - lr).abs() / r - eps)     # (12)
 
 
@@ -324,9 +324,10 @@ class DownBlock(nn.Module):
         self.conv2 = conv3x3(in_channels, out_channels)
 
     def forward(self, picture, features=None):
+        require_images(picture, "picture", channels=3)
         x = activation(self.from_pixels(picture))               # (N, in,  H,   W)
         if features is not None:
-            require_same(x, features, "the features of a picture and of the finer one")
+            require_same(x, features, "features of a picture and of the finer one")
             x = x + features                                    # (N, in,  H,   W)
         x = activation(self.conv1(x))                           # (N, in,  H,   W)
         x = activation(self.conv2(x))                           # (N, out, H,   W)
@@ -406,13 +407,16 @@ class Discriminator(nn.Module):
 
     forward takes pictures as G returns them, a list from coarse to fine, and returns
     logits (N, 1, h, w): no linear layer, one logit for each LR pixel. D_I has
-    condition_channels = 3 and also takes F of (12), (N, 3, h, w).
-    Needs: DownBlock, ResidualBlock, conv3x3, near_zero, activation, channels_at.
+    condition_channels = 3 and also takes F of (12), (N, 3, h, w). With detail_alone
+    D sees of each picture what LR cannot tell.
+    Needs: DownBlock, ResidualBlock, conv3x3, near_zero, activation, channels_at,
+    downscale, upscale_nearest.
     """
     def __init__(self, width: int = 32, scale: int = 8, blocks: int = 8,
-                 condition_channels: int = 0):
+                 condition_channels: int = 0, detail_alone: bool = False):
         super().__init__()
         check_architecture(width, scale, blocks)
+        self.detail_alone = detail_alone
         channels = channels_at(width, scale)
         mirrored = channels[::-1]  # fine to coarse
         self.down_blocks = nn.ModuleList(
@@ -423,7 +427,17 @@ class Discriminator(nn.Module):
         self.to_logits = nn.Conv2d(channels[0] + condition_channels, 1, 3, padding=1)
 
     def forward(self, pictures, condition=None):
-        check_pictures(self, pictures, condition)
+        needed = len(self.down_blocks)
+        require(len(pictures) == needed, f"expected {needed} resolutions, got {len(pictures)}")
+        require((condition is None) == (self.condition_channels == 0),
+                "D_I takes a condition, F of (12), and D_g none")
+        if self.detail_alone:
+            # Not in the paper. LR's content is most of an image's variance, and where G
+            # copies it exactly, it tells nothing: D would hardly see what lies beneath.
+            # 4: the details of photographs of faces have a deviation of 0.2.
+            factors = [2 ** level for level in range(1, needed + 1)]
+            pictures = [4 * (x - upscale_nearest(downscale(x, factor), factor))
+                        for x, factor in zip(pictures, factors)]
         features = None
         for down_block, picture in zip(self.down_blocks, reversed(pictures)):
             features = down_block(picture, features)            # (N, C, H/2, W/2)
@@ -435,7 +449,7 @@ class Discriminator(nn.Module):
         return self.to_logits(features)                         # (N, 1, h, w)
 
 
-# ---- 4.2 Metrics: all but LPIPS round to 8 bits first, and have no gradient ----------
+# ---- 4.2 Metrics: those of images round to 8 bits first, all but LPIPS ---------------
 
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB, on 8-bit RGB. Infinite where both agree.
@@ -633,11 +647,11 @@ class TwoSampleAUC(nn.Module):
     and M. Needs: two_sample_auc, PerceptualLoss, VGG_LAYERS, pretrained_features,
     cached_weights, quantize, to_levels, from_levels.
     """
-    def __init__(self, photographs: torch.Tensor, noise: float = 4.0):
+
+    def __init__(self, photographs: torch.Tensor):
         super().__init__()
         require_floats(photographs, "photographs", bounded=True)
         self.phi = PerceptualLoss("relu3_3").to(photographs.device)
-        self.noise = noise  # in grey levels
         self.known = self.describe(photographs)
 
     def forward(self, images):
@@ -645,15 +659,14 @@ class TwoSampleAUC(nn.Module):
 
     @torch.no_grad()
     def describe(self, images):
-        """One row of features for each image: (N, d)."""
+        """One row of features for each image: (N, 14336)."""
         require_images(images, channels=3)
         rng = torch.Generator().manual_seed(0)  # one image, one number
         rows = []
         for part in images.split(50):
-            # On both sides, it hides the traces of JPEG, which only photographs have.
-            noise = torch.randn(part.shape, generator=rng, dtype=torch.float32)
-            x = quantize(part) + self.noise / 127.5 * noise.to(part.device)
-            x = (x - self.phi.mean) / self.phi.std
+            # Four grey levels hide the traces of JPEG, which only photographs have.
+            noise = 4 / 127.5 * torch.randn(part.shape, generator=rng, dtype=torch.float32)
+            x = (quantize(part) + noise.to(part.device) - self.phi.mean) / self.phi.std
             found = []
             for end, layer in enumerate(self.phi.features, start=1):
                 x = layer(x)                                    # (N, C, H', W')
@@ -661,8 +674,8 @@ class TwoSampleAUC(nn.Module):
                     mean = fn.adaptive_avg_pool2d(x, 4)         # (N, C, 4, 4)
                     variance = fn.adaptive_avg_pool2d(x.square(), 4) - mean.square()
                     found += [mean, variance.clamp(min=0).sqrt()]
-            rows.append(torch.cat(found, 1).flatten(1).cpu())   # (50, 14336)
-        return torch.cat(rows)                                  # (N, 14336)
+            rows.append(torch.cat(found, 1).flatten(1).cpu())
+        return torch.cat(rows)
 
 
 def std_map(samples: torch.Tensor) -> torch.Tensor:
@@ -727,35 +740,25 @@ def rank_histogram(samples: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 # ---- Files: a generator's checkpoint, and pretrained weights -------------------------
 
-@contextmanager
-def whole_file(path: str | Path):
-    """A name to write to, which becomes `path` at the end: there is never half a file.
-
-    When the block fails, or the disk is full, `path` is as it was. OSError names it. A
-    link stays one: what it points to is written.
-    """
-    target = os.path.realpath(path)
-    temporary = Path(f"{target}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:  # torch's word for a full disk
-        raise OSError(f"could not write {path}: {error}".partition("\n")[0]) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_checkpoint(path: str | Path, generator: nn.Module, **training):
     """Write a generator (pass the running average), its settings and `training`.
 
-    Plain values and state dicts only: torch.load reads it. Needs: whole_file.
+    Plain values and state dicts only: torch.load reads it. There is never half a file:
+    when it cannot be written, OSError says so, and `path` is as it was.
     """
     require(isinstance(generator, Generator), "expected a Generator, got a "
             f"{type(generator).__name__}: pass the module that it wraps")
     content = {"hallusr": 4, "settings": generator.settings,
                "generator": generator.state_dict()}
-    with whole_file(path) as temporary:
+    target = os.path.realpath(path)  # a link stays one: what it points to is written
+    temporary = Path(f"{target}.tmp")
+    try:
         torch.save(content | training, temporary)
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:  # torch's word for a full disk
+        raise OSError(f"could not write {path}: {error}".partition("\n")[0]) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -898,16 +901,3 @@ def check_architecture(width: int, scale: int, blocks: int):
             f"scale must be a power of two, 2 or more, got {scale}")
     require(width >= 1, f"width must be 1 or more, got {width}")
     require(blocks >= 1, f"blocks must be 1 or more, got {blocks}")
-
-
-def check_pictures(discriminator, pictures, condition):
-    """Raise ValueError unless D gets all resolutions, and F if it is D_I."""
-    needed = len(discriminator.down_blocks)
-    require(len(pictures) == needed, f"expected {needed} resolutions, got {len(pictures)}")
-    for picture in pictures:
-        require_images(picture, "picture", channels=3)
-    channels = discriminator.condition_channels
-    count, _, height, width = pictures[0].shape  # the coarsest: twice LR's size
-    expected = (count, channels, height // 2, width // 2) if channels else None
-    found = None if condition is None else tuple(condition.shape)
-    require(found == expected, f"condition must have shape {expected}, got {found}")
