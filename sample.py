@@ -15,8 +15,7 @@ import signal
 if __name__ == "__main__":
     # From the first import on, Ctrl-C just ends the program.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # torch's threads spin while they wait, and beside a busy program stand in each
-    # other's way. This must be said before torch is imported.
+    # Or torch's threads, idle but spinning, stand in the way of a busy program's.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
@@ -180,10 +179,10 @@ def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips=None, realism
     rows = {}
     for row, names in scores[0].items():
         rows[row] = {name: torch.cat([part[row][name] for part in scores]) for name in names}
-    for name, judge in (("realism", realism), ("auc", auc)):
-        if judge is not None:
+    for name, metric in (("realism", realism), ("auc", auc)):
+        if metric is not None:
             for row in rows:
-                rows[row][name] = judge(torch.cat([part[row] for part in images]))
+                rows[row][name] = metric(torch.cat([part[row] for part in images]))
     return rows
 
 
@@ -251,23 +250,28 @@ def evenly(length: int, most: int) -> list[int]:
     return [i * length // count for i in range(count)]
 
 
+def metrics_against(photographs: torch.Tensor) -> dict:
+    """What `evaluate` can measure beside PSNR, against photographs (N, 3, H, W) of others."""
+    return {"lpips": LPIPS().to(photographs.device), "realism": Realism(photographs),
+            "auc": TwoSampleAUC(photographs)}
+
+
 def evaluate_folder(generator, arguments):
     """Print Table 1's rows for a folder and write them as JSON."""
     side = generator.settings["size"]
     faces = list_photos(arguments.evaluate)[arguments.slice]
     require(faces, "--slice leaves none of the folder's photos")
-    judges = {}
+    metrics = {"lpips": LPIPS().to(arguments.device)}
     if arguments.others:
         others = list_photos(arguments.others)
         shared = set(map(Path.resolve, faces)) & set(map(Path.resolve, others))
         require(not shared, "--others names the same folder, or a part")
         others = [others[i] for i in evenly(len(others), len(faces))]
-        photographs = from_levels(read_photos(others, side)).to(arguments.device)
-        judges |= {"realism": Realism(photographs), "auc": TwoSampleAUC(photographs)}
+        metrics = metrics_against(from_levels(read_photos(others, side)).to(arguments.device))
         print(f"realism and auc: against {len(others)} photos (below 50 they are chance)")
     hr = from_levels(read_photos(faces, side)).to(arguments.device)
-    rows = evaluate(generator, hr, arguments.samples, LPIPS().to(arguments.device),
-                    seed=arguments.seed, temperature=arguments.temperature, **judges)
+    rows = evaluate(generator, hr, arguments.samples, **metrics, seed=arguments.seed,
+                    temperature=arguments.temperature)
     summary = summarize(rows)
     print(f"n = {len(hr)} faces of {side}x{side}, {arguments.samples} samples, seed "
           f"{arguments.seed}, temperature {arguments.temperature:g}")
@@ -483,7 +487,8 @@ def run_as_script(main):
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{script}: {error}")
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        known = re.search("out of memory|allocate memory|enough memory", str(error))
+        if not known and not isinstance(error, MemoryError):
             raise
         sys.exit(f"{script}: out of memory: lower --batch or --samples, or take --device cpu "
                  f"({str(error).partition(chr(10))[0]})")
