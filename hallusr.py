@@ -104,6 +104,7 @@ class PerceptualLoss(nn.Module):
     the features alone. FileNotFoundError where the weights cannot be downloaded.
     Needs: VGG_LAYERS, pretrained_features, cached_weights.
     """
+
     def __init__(self, layer: str = "relu2_2"):
         super().__init__()
         # phi_i, which the paper leaves open. Its source, Johnson et al., has relu2_2.
@@ -267,6 +268,7 @@ def near_zero(conv: nn.Conv2d) -> nn.Conv2d:
 
 class ResidualBlock(nn.Module):
     """x plus two convolutions of x (Fig. 2). Needs: conv3x3, near_zero, activation."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv1 = conv3x3(channels, channels)
@@ -291,6 +293,7 @@ class UpBlock(nn.Module):
     forward takes features (N, in, H, W), image and gradient (N, 3, H, W), and returns
     all three, twice as large. Needs: output_head, conv3x3, near_zero, activation.
     """
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         # Shared: what the gradient teaches of structure, the image can use.
@@ -317,6 +320,7 @@ class DownBlock(nn.Module):
     forward takes the picture of this resolution (N, 3, H, W) and the features from the
     finer one (N, in, H, W), None at the finest. Needs: conv3x3, activation.
     """
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.from_pixels = nn.Conv2d(3, in_channels, 1)
@@ -350,6 +354,7 @@ class Generator(nn.Module):
     channels_at, image_gradient, project_onto_lr, downscale, upscale_nearest,
     scale_between.
     """
+
     def __init__(self, size: int = 64, scale: int = 8, z_dim: int = 64,
                  z_shared: float = 1.0, width: int = 32, blocks: int = 8,
                  hard_consistency: bool = False):
@@ -412,6 +417,7 @@ class Discriminator(nn.Module):
     Needs: DownBlock, ResidualBlock, conv3x3, near_zero, activation, channels_at,
     downscale, upscale_nearest.
     """
+
     def __init__(self, width: int = 32, scale: int = 8, blocks: int = 8,
                  condition_channels: int = 0, detail_alone: bool = False):
         super().__init__()
@@ -583,6 +589,7 @@ class Realism(nn.Module):
     torn one: look as well. Needs: PerceptualLoss, VGG_LAYERS, pretrained_features,
     cached_weights, frechet_distance, quantize, to_levels, from_levels.
     """
+
     def __init__(self, photographs: torch.Tensor):
         super().__init__()
         require_floats(photographs, "photographs", bounded=True)
