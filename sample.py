@@ -179,10 +179,10 @@ def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips=None, realism
     rows = {}
     for row, names in scores[0].items():
         rows[row] = {name: torch.cat([part[row][name] for part in scores]) for name in names}
-    for name, metric in (("realism", realism), ("auc", auc)):
-        if metric is not None:
-            for row in rows:
-                rows[row][name] = metric(torch.cat([part[row] for part in images]))
+        made = torch.cat([part[row] for part in images])        # (N, 3, H, W)
+        for name, metric in (("realism", realism), ("auc", auc)):
+            if metric is not None:
+                rows[row][name] = metric(made)
     return rows
 
 
@@ -261,7 +261,6 @@ def evaluate_folder(generator, arguments):
     side = generator.settings["size"]
     faces = list_photos(arguments.evaluate)[arguments.slice]
     require(faces, "--slice leaves none of the folder's photos")
-    metrics = {"lpips": LPIPS().to(arguments.device)}
     if arguments.others:
         others = list_photos(arguments.others)
         shared = set(map(Path.resolve, faces)) & set(map(Path.resolve, others))
@@ -269,6 +268,8 @@ def evaluate_folder(generator, arguments):
         others = [others[i] for i in evenly(len(others), len(faces))]
         metrics = metrics_against(from_levels(read_photos(others, side)).to(arguments.device))
         print(f"realism and auc: against {len(others)} photos (below 50 they are chance)")
+    else:
+        metrics = {"lpips": LPIPS().to(arguments.device)}
     hr = from_levels(read_photos(faces, side)).to(arguments.device)
     rows = evaluate(generator, hr, arguments.samples, **metrics, seed=arguments.seed,
                     temperature=arguments.temperature)

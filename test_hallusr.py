@@ -1409,6 +1409,14 @@ def bare_copies(nets):
     return copies
 
 
+def pairs_apart(h1, h2, z1, z2, level, on_image):
+    """(8) before its ceiling and mean: one number for each pair."""
+    g1, g2 = [hallusr.image_gradient(x["image"][level]) if on_image else x["gradient"][level]
+              for x in (h1, h2)]
+    return torch.stack([(a - b).abs().mean() / ((y - z).abs().mean() + 1e-5)
+                        for a, b, y, z in zip(g1, g2, z1, z2)])
+
+
 def assert_left(module, gradients):
     """A step left these gradients in a module."""
     found = tuple(weight.grad for weight in module.parameters())
@@ -1446,9 +1454,7 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
     real = {"image": [hallusr.downscale(hr, 2), hr]}
     real["gradient"] = [edges(picture) for picture in real["image"]]
     level = -1 if halvings == 0 else 0  # there are two, the coarser first
-    g1, g2 = [edges(x["image"][level]) if on_image else x["gradient"][level] for x in (h1, h2)]
-    l_z = torch.stack([(a - b).abs().mean() / ((y - z).abs().mean() + 1e-5)
-                       for a, b, y, z in zip(g1, g2, z1, z2)])
+    l_z = pairs_apart(h1, h2, z1, z2, level, on_image)
     config = replace(config, tau=l_z.mean().item())  # one of the two is cut
     shown = {"image": less_block_means if detail else list, "gradient": list}
     Ds = {"image": nets.D_I, "gradient": nets.D_g}

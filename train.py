@@ -142,7 +142,7 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
 
     # G step: ask the D just improved again.
     on_h = judge(nets, autocast, h1, F_h)
-    l_z = diversity_loss(seen_by_l_z(config, h1)[level], seen_by_l_z(config, h2)[level],
+    l_z = diversity_loss(seen_by_l_z(config, h1, level), seen_by_l_z(config, h2, level),
                          z1, z2, config.tau)                    # (8)
     halluc = hallucination_loss(generator_loss(on_h["gradient"]),
                                 generator_loss(on_h["image"]), l_z, nets.alpha)  # (11)
@@ -212,11 +212,11 @@ def r1_of_both(nets, real: dict, F_real: torch.Tensor) -> torch.Tensor:
     return sum(r1_penalty(logits[domain], leaves[domain]) for domain in logits)
 
 
-def seen_by_l_z(config, made: dict) -> list:
+def seen_by_l_z(config, made: dict, level: int) -> torch.Tensor:
     """What (8) wants to differ: g, as printed, or the gradient of the image itself."""
     if config.l_z_on_image:
-        return [image_gradient(image) for image in made["image"]]
-    return made["gradient"]
+        return image_gradient(made["image"][level])
+    return made["gradient"][level]
 
 
 def distances(perceptual, autocast, sr: dict, hr, real: dict) -> dict:
@@ -608,7 +608,7 @@ class Report:
         save_image(self.grid(), self.out / "grid.png")
         # Realism alone would choose samples that are all alike. So models whose spread is
         # at least 0.8 of their error come first, and of them the least realism x AUC.
-        best = (False, table["SR_psnr"])
+        best = (False, table["SR_psnr"])  # where they are not measured
         if self.metrics:
             best = (table["hallucination_spread"] >= 0.8,
                     -table["hallucination_realism"] * table["hallucination_auc"])
@@ -699,7 +699,8 @@ def calibrate(generator, config, device, faces: int = 100, samples: int = 10) ->
     rng = torch.Generator().manual_seed(0)
     z = draw_z((samples, faces, config.z_dim, *lr.shape[-2:]), config.z_shared, rng)
     made = torch.stack([sample(generator, lr, latent.to(device)).cpu() for latent in z])
-    error = torch.stack([(to_levels(made) - to_levels(one)).square().mean((2, 3, 4))
+    made = to_levels(made)                                      # (K, N, 3, H, W)
+    error = torch.stack([(made - to_levels(one)).square().mean((2, 3, 4))
                          for one in truth])                     # (16, K, N)
     nearest = error.argmin(0)                                   # (K, N)
     opposite = error.gather(0, (nearest[None] + 8) % 16)[0]     # (K, N)
