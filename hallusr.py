@@ -95,13 +95,15 @@ def image_gradient(x: torch.Tensor) -> torch.Tensor:
 
 # The leading modules of torchvision's VGG-16, up to and including the named ReLU.
 VGG_LAYERS = {"relu1_2": 4, "relu2_2": 9, "relu3_3": 16, "relu4_3": 23}
+VGG_CHANNELS = [64, 128, 256, 512]  # of these layers, each of half the size
 
 
 class PerceptualLoss(nn.Module):
     """L_percp of (6): mean absolute difference of VGG-16's features.
 
     forward(sr, hr), both (N, 3, H, W) around [-1, 1], returns a scalar. embed(x) gives
-    the features alone. FileNotFoundError where the weights cannot be downloaded.
+    the features alone, embed_all(x) those after every layer of VGG_LAYERS up to this one.
+    FileNotFoundError where the weights cannot be downloaded.
     Needs: VGG_LAYERS, pretrained_features, cached_weights.
     """
 
@@ -118,8 +120,17 @@ class PerceptualLoss(nn.Module):
         self.register_buffer("std", (std * 2).view(1, 3, 1, 1))
 
     def embed(self, x):
+        return self.embed_all(x)[-1]                            # (N, C, H', W')
+
+    def embed_all(self, x):
         require_images(x, channels=3)
-        return self.features((x - self.mean) / self.std)        # (N, C, H', W')
+        x = (x - self.mean) / self.std
+        found = []
+        for end, layer in enumerate(self.features, start=1):
+            x = layer(x)
+            if end in VGG_LAYERS.values():
+                found.append(x)                                 # (N, C, H', W')
+        return found
 
     def forward(self, sr, hr):
         require_same(sr, hr, "sr and hr")
@@ -321,14 +332,14 @@ class DownBlock(nn.Module):
     finer one (N, in, H, W), None at the finest. Needs: conv3x3, activation.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, picture_channels: int = 3):
         super().__init__()
-        self.from_pixels = nn.Conv2d(3, in_channels, 1)
+        self.from_pixels = nn.Conv2d(picture_channels, in_channels, 1)
         self.conv1 = conv3x3(in_channels, in_channels)
         self.conv2 = conv3x3(in_channels, out_channels)
 
     def forward(self, picture, features=None):
-        require_images(picture, "picture", channels=3)
+        require_images(picture, "picture", channels=self.from_pixels.in_channels)
         x = activation(self.from_pixels(picture))               # (N, in,  H,   W)
         if features is not None:
             require_same(x, features, "features of a picture and of the finer one")
@@ -407,26 +418,37 @@ def sample(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor) -> torch.Ten
     return quantize(generator(lr, z)["image"][-1])
 
 
+def beside_features(images: list[torch.Tensor], phi: nn.Module) -> list[torch.Tensor]:
+    """Images, coarse to fine, each with VGG-16's features of the finest as more channels.
+
+    Not in the paper: a discriminator of pixels is slow to see what is wrong with a face,
+    one that knows pictures is not (Projected GAN, Sauer et al. 2021). phi: a
+    PerceptualLoss with as many of VGG_LAYERS as there are images.
+    """
+    features = phi.embed_all(images[-1])
+    return [torch.cat(both, 1) for both in zip(images, reversed(features))]
+
+
 class Discriminator(nn.Module):
     """D_I or D_g: G mirrored, for one domain, all resolutions at once (section 3.2).
 
     forward takes pictures as G returns them, a list from coarse to fine, and returns
     logits (N, 1, h, w): no linear layer, one logit for each LR pixel. D_I has
-    condition_channels = 3 and also takes F of (12), (N, 3, h, w). With detail_alone
-    D sees of each picture what LR cannot tell.
-    Needs: DownBlock, ResidualBlock, conv3x3, near_zero, activation, channels_at,
-    downscale, upscale_nearest.
+    condition_channels = 3 and also takes F of (12), (N, 3, h, w); with_vgg says that its
+    pictures are those of `beside_features`.
+    Needs: VGG_CHANNELS, DownBlock, ResidualBlock, conv3x3, near_zero, activation, channels_at.
     """
 
     def __init__(self, width: int = 32, scale: int = 8, blocks: int = 8,
-                 condition_channels: int = 0, detail_alone: bool = False):
+                 condition_channels: int = 0, with_vgg: bool = False):
         super().__init__()
         check_architecture(width, scale, blocks)
-        self.detail_alone = detail_alone
         channels = channels_at(width, scale)
         mirrored = channels[::-1]  # fine to coarse
+        added = VGG_CHANNELS if with_vgg else [0] * len(mirrored)
         self.down_blocks = nn.ModuleList(
-            DownBlock(fewer, more) for fewer, more in zip(mirrored, mirrored[1:]))
+            DownBlock(fewer, more, 3 + features)
+            for fewer, more, features in zip(mirrored, mirrored[1:], added))
         self.trunk = nn.Sequential(*[ResidualBlock(channels[0]) for _ in range(blocks - 1)])
         self.condition_channels = condition_channels
         self.last_block = ResidualBlock(channels[0] + condition_channels)
@@ -437,13 +459,6 @@ class Discriminator(nn.Module):
         require(len(pictures) == needed, f"expected {needed} resolutions, got {len(pictures)}")
         require((condition is None) == (self.condition_channels == 0),
                 "D_I takes a condition, F of (12), and D_g none")
-        if self.detail_alone:
-            # Not in the paper. LR's content is most of an image's variance, and where G
-            # copies it exactly, it tells nothing: D would hardly see what lies beneath.
-            # 4: the details of photographs of faces have a deviation of 0.2.
-            factors = [2 ** level for level in range(1, needed + 1)]
-            pictures = [4 * (x - upscale_nearest(downscale(x, factor), factor))
-                        for x, factor in zip(pictures, factors)]
         features = None
         for down_block, picture in zip(self.down_blocks, reversed(pictures)):
             features = down_block(picture, features)            # (N, C, H/2, W/2)
@@ -673,14 +688,11 @@ class TwoSampleAUC(nn.Module):
         for part in images.split(50):
             # Four grey levels hide the traces of JPEG, which only photographs have.
             noise = 4 / 127.5 * torch.randn(part.shape, generator=rng, dtype=torch.float32)
-            x = (quantize(part) + noise.to(part.device) - self.phi.mean) / self.phi.std
             found = []
-            for end, layer in enumerate(self.phi.features, start=1):
-                x = layer(x)                                    # (N, C, H', W')
-                if end in VGG_LAYERS.values():
-                    mean = fn.adaptive_avg_pool2d(x, 4)         # (N, C, 4, 4)
-                    variance = fn.adaptive_avg_pool2d(x.square(), 4) - mean.square()
-                    found += [mean, variance.clamp(min=0).sqrt()]
+            for x in self.phi.embed_all(quantize(part) + noise.to(part.device)):
+                mean = fn.adaptive_avg_pool2d(x, 4)             # (N, C, 4, 4)
+                variance = fn.adaptive_avg_pool2d(x.square(), 4) - mean.square()
+                found += [mean, variance.clamp(min=0).sqrt()]
             rows.append(torch.cat(found, 1).flatten(1).cpu())
         return torch.cat(rows)
 

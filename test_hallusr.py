@@ -190,7 +190,9 @@ CALLS = {
     "channels_at": lambda m, _: m.channels_at(3, 4),
     "Generator": lambda m, _: m.Generator(**G4, hard_consistency=True)(LR, Z),
     "sample": lambda m, _: m.sample(Generator(**G4), LR, Z),
-    "Discriminator": lambda m, _: m.Discriminator(3, 8, 2, 3, True)(hallusr.pyramid(X), LR),
+    "beside_features": lambda m, _: m.beside_features([X], PerceptualLoss("relu1_2")),
+    "Discriminator": lambda m, _: m.Discriminator(3, 8, 2, 3, True)(
+        hallusr.beside_features(hallusr.pyramid(X), PerceptualLoss("relu3_3")), LR),
     "psnr": lambda m, _: m.psnr(X, X),
     "lr_psnr": lambda m, _: m.lr_psnr(X, LR),
     "ssim": lambda m, _: m.ssim(X, X),
@@ -759,8 +761,8 @@ class PooledColours(PerceptualLoss):
     def __init__(self, layer):
         torch.nn.Module.__init__(self)
 
-    def embed(self, x):
-        return fn.avg_pool2d(x, 4)
+    def embed_all(self, x):
+        return [fn.avg_pool2d(x, 4)]
 
 
 def test_realism_is_the_mean_over_regions(monkeypatch):
@@ -1011,7 +1013,7 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: train.check_config(tiny(width=0)), "width must be 1 or more, got 0"),
     (lambda: train.check_config(tiny(size=62)), "multiple of scale 4, got 62"),
     (lambda: train.check_config(tiny(l_z_halvings=-1)), "l_z_halvings must be 0 or more, got -1"),
-    (lambda: train.check_config(tiny(detail=True)), "--detail goes with --hard-consistency"),
+    (lambda: train.check_config(tiny(size=32, scale=32, d_features=True)), "too few for scale 32"),
     (lambda: train.check_config(tiny(learning_rate_g=math.nan)),
      "learning_rate_g must be 0 or more, got nan"),
     (lambda: train.check_config(tiny(decay=-0.5)), "decay must be 0 or more, got -0.5"),
@@ -1378,8 +1380,9 @@ def loss_of_d(D, real, fakes, F, r1_weight, beta, shown):
     none = None if F is None else torch.zeros_like(F[0][:1])
     loss, share = 0.0, (beta / (1 + beta), 1 / (1 + beta))
     for n in range(2):
-        pictures = [picture[n:n + 1].detach().requires_grad_() for picture in real]
-        logits = D(shown(pictures), none)
+        pictures = shown([picture[n:n + 1].detach() for picture in real])
+        pictures = [picture.requires_grad_() for picture in pictures]
+        logits = D(pictures, none)
         steep = torch.autograd.grad(logits.mean(), pictures, create_graph=True)
         r1 = sum(gradient.square().sum() for gradient in steep)
         loss = loss - torch.sigmoid(logits).log().mean() / 2 + r1_weight * r1 / 2
@@ -1390,20 +1393,20 @@ def loss_of_d(D, real, fakes, F, r1_weight, beta, shown):
     return loss
 
 
-def less_block_means(pictures):
-    """4 x (picture - the mean of each of its 4x4 blocks, which are LR's pixels)."""
-    found = []
-    for picture in pictures:
-        side = picture.shape[-1] // 4
-        means = fn.avg_pool2d(picture, side)
-        means = means.repeat_interleave(side, 2).repeat_interleave(side, 3)
-        found.append(4 * (picture - means))
-    return found
+def with_layers_of_vgg(vgg, pictures):
+    """Of the finest picture, relu2_2 beside the coarser one of two and relu1_2 beside itself."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (pictures[1] / 2 + 0.5 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    first = plain(vgg, "2", plain(vgg, "0", x).relu()).relu()
+    second = plain(vgg, "5", fn.max_pool2d(first, 2)).relu()
+    second = plain(vgg, "7", second).relu()
+    return [torch.cat([pictures[0], second], 1), torch.cat([pictures[1], first], 1)]
 
 
 def bare_copies(nets):
-    """D_I and D_g with the same weights, and nothing done to what they are shown."""
-    copies = {"image": Discriminator(3, 4, 1, 3), "gradient": Discriminator(3, 4, 1)}
+    """D_I and D_g with the same weights."""
+    copies = {"image": Discriminator(3, 4, 1, 3, nets.phi is not None),
+              "gradient": Discriminator(3, 4, 1)}
     copies["image"].load_state_dict(nets.D_I.state_dict())
     copies["gradient"].load_state_dict(nets.D_g.state_dict())
     return copies
@@ -1434,14 +1437,14 @@ def share_won(real, fake):
 
 @pytest.mark.parametrize("step, every, times", [(5, 1, 1), (7, 1, 1), (8, 4, 4), (7, 4, 0),
                                                 (4, 1, None)])  # the last is of the warm-up
-@pytest.mark.parametrize("beta, halvings, decays, detail, on_image", [
+@pytest.mark.parametrize("beta, halvings, decays, features, on_image", [
     (0.5, 0, False, False, False), (0.0, 1, True, False, True), (0.5, 5, False, True, False)])
 def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta, halvings, decays,
-                                                       detail, on_image):
+                                                       features, on_image, random_weights):
     config = tiny(gamma=2.0, beta=beta, alpha=3.0, tie=3.0, pixel=5.0, eps=0.3, warmup=5,
                   r1_gamma=6.0, r1_every=every, learning_rate_g=1e-30, learning_rate_d=1e-3,
-                  l_z_halvings=halvings, alpha_decays=decays, steps=10, decay=0.5, detail=detail,
-                  hard_consistency=detail, l_z_on_image=on_image)
+                  l_z_halvings=halvings, alpha_decays=decays, steps=10, decay=0.5,
+                  d_features=features, l_z_on_image=on_image)
     alpha = 3 * {4: 1, 5: 1, 7: 0.1 ** 0.8, 8: 0.1 ** 1.2}[step] if decays else 3
     kind = {None: "warm-up", 0: "plain"}.get(times, "with R1")
     nets, playing, edges = train.Networks(config, "cpu"), times is not None, hallusr.image_gradient
@@ -1450,13 +1453,15 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
     lr = hallusr.quantize(hallusr.downscale(hr, 4))
     sr, h1, h2 = [nets.G(lr, z) for z in (torch.zeros_like(z1), z1, z2)]
     F = [hallusr.excess(x["image"][-1], lr, 0.3) for x in (sr, h1)]
-    assert detail or all((x > 0).any() for x in F)  # with `detail` G makes LR come true
+    assert all((x > 0).any() for x in F)
     real = {"image": [hallusr.downscale(hr, 2), hr]}
     real["gradient"] = [edges(picture) for picture in real["image"]]
     level = -1 if halvings == 0 else 0  # there are two, the coarser first
     l_z = pairs_apart(h1, h2, z1, z2, level, on_image)
     config = replace(config, tau=l_z.mean().item())  # one of the two is cut
-    shown = {"image": less_block_means if detail else list, "gradient": list}
+    shown = {"image": list, "gradient": list}
+    if features:
+        shown["image"] = partial(with_layers_of_vgg, nets.phi.features)
     Ds = {"image": nets.D_I, "gradient": nets.D_g}
     before, calls = bare_copies(nets), []
     hook = nets.D_I.register_forward_hook(lambda _, __, logits: calls.append(len(logits)))
@@ -1883,9 +1888,9 @@ def one_step(nets, config, device, step):
     return terms
 
 
-@pytest.mark.parametrize("changes", [{}, dict(detail=True, hard_consistency=True, beta=0.0,
+@pytest.mark.parametrize("changes", [{}, dict(d_features=True, hard_consistency=True, beta=0.0,
                                               l_z_on_image=True, alpha_decays=True, decay=1.0)])
-def test_an_update_neither_waits_for_the_device_nor_mixes_devices(changes):
+def test_an_update_neither_waits_for_the_device_nor_mixes_devices(changes, random_weights):
     # On the meta device a value that is asked for, or a tensor of another device, is an error.
     config = tiny(warmup=1, r1_every=2, tie=1.0, pixel=1.0, **changes)
     nets = train.Networks(config, "meta")
@@ -2195,8 +2200,7 @@ def test_settings_reach_the_networks():
                                    hard_consistency=True)
     assert len(nets.G.trunk) == 3
     assert [len(D.trunk) + 1 for D in (nets.D_I, nets.D_g)] == [2, 2]  # its last block takes F
-    nets = train.Networks(replace(config, detail=True), "cpu")
-    assert [D.detail_alone for D in (nets.D_I, nets.D_g)] == [True, False]
+    assert nets.phi is None  # VGG-16 is not asked for
 
 
 def test_adam_has_the_betas_of_section_4_1():

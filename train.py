@@ -38,7 +38,8 @@ import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.utils import save_image
 
-from hallusr import (Discriminator, Generator, PerceptualLoss, check_architecture,
+from hallusr import (VGG_LAYERS, Discriminator, Generator, PerceptualLoss, beside_features,
+                     check_architecture,
                      discriminator_loss, diversity_loss, downscale, draw_z, excess, from_levels,
                      generator_loss, gradient_loss, hallucination_loss, image_gradient,
                      load_checkpoint, load_generator, load_weights, pyramid, quantize,
@@ -62,7 +63,7 @@ SETTINGS = [
     ("z_dim",            64,    4,     4,     "open",   "numbers in z"),
     ("z_shared",         1.0,   0.7,   1.0,   "2",      "z from one vector (1) to a map (0)"),
     ("hard_consistency", False, True,  True,  "(9)",    "make DS(image) = LR inside G"),
-    ("detail",           False, False, False, "3.2",    "D_I sees only what LR cannot tell"),
+    ("d_features",       False, False, False, "3.2",    "D_I sees VGG-16's features too"),
     ("eps",              12.75, 12.75, 12.75, "4.2",    "F ignores so many grey levels"),
     ("perceptual",       "relu2_2", "relu3_3", "pixels", "open", "VGG-16 layer of (6), or pixels"),
     ("gamma",            10.0,  2.0,   5.0,   "4.1",    "weight of (6) and (7) in (10)"),
@@ -107,11 +108,11 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     """
     # LR is rounded, as a file is.
     lr = quantize(downscale(hr, config.scale))                  # (B, 3, h, w)
+    if kind == "warm-up":
+        return warmup_step(nets, config, perceptual, autocast, hr, lr)
+
     images = pyramid(hr, len(nets.G.up_blocks))
     real = {"image": images, "gradient": [image_gradient(image) for image in images]}
-    if kind == "warm-up":
-        return warmup_step(nets, config, perceptual, autocast, hr, lr, real)
-
     level = max(0, len(images) - 1 - config.l_z_halvings)  # where (8) looks
     # Each is {"image", "gradient"}: lists, coarse to fine; [-1] is (B, 3, H, W).
     with autocast:
@@ -122,8 +123,10 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     F_real = torch.zeros_like(F_h)  # a photograph shrinks to its own LR exactly
 
     # D step: tell photographs from hallucinations. z2 serves (8) alone.
+    real = shown_to_D(nets, autocast, real)
+    shown = shown_to_D(nets, autocast, h1)
     on_real = judge(nets, autocast, real, F_real)
-    on_h = judge(nets, autocast, h1, F_h)
+    on_h = judge(nets, autocast, shown, F_h)
     terms = {"D_image_real": on_real["image"], "D_image_fake": on_h["image"],
              "D_gradient_real": on_real["gradient"], "D_gradient_fake": on_h["gradient"],
              "D_image_auc": won(on_real["image"], on_h["image"]),
@@ -132,7 +135,8 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     if config.beta:
         # As (10) does for G: photographs keep the weight 1, the reconstruction gets beta.
         F_sr = excess(sr["image"][-1], lr, config.eps)          # (12)  (B, 3, h, w)
-        against_sr = loss_of_both(on_real, judge(nets, autocast, sr, F_sr))
+        shown_sr = shown_to_D(nets, autocast, sr)
+        against_sr = loss_of_both(on_real, judge(nets, autocast, shown_sr, F_sr))
         loss_D = (loss_D + config.beta * against_sr) / (1 + config.beta)
     if kind == "with R1":
         # Every r1_every steps, with as many times the weight: lazy R1, as in StyleGAN2.
@@ -141,17 +145,17 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     update(nets.opt_D, loss_D)
 
     # G step: ask the D just improved again.
-    on_h = judge(nets, autocast, h1, F_h)
+    on_h = judge(nets, autocast, shown, F_h)
     l_z = diversity_loss(seen_by_l_z(config, h1, level), seen_by_l_z(config, h2, level),
                          z1, z2, config.tau)                    # (8)
     halluc = hallucination_loss(generator_loss(on_h["gradient"]),
                                 generator_loss(on_h["image"]), l_z, nets.alpha)  # (11)
     adv_g = adv_i = 0.0
     if config.beta:
-        on_sr = judge(nets, autocast, sr, F_sr)
+        on_sr = judge(nets, autocast, shown_sr, F_sr)
         adv_g = generator_loss(on_sr["gradient"])
         adv_i = generator_loss(on_sr["image"])
-    fit = distances(perceptual, autocast, sr, hr, real)
+    fit = distances(perceptual, autocast, sr, hr)
     recons = reconstruction_loss(fit["L_percp"], fit["L_grad"], adv_g, adv_i,
                                  config.gamma, config.beta)     # (10)
     tie = (gradient_error(sr) + gradient_error(h1)) / 2
@@ -161,12 +165,12 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     return means(terms | fit | {"L_z": l_z, "tie": tie, "F": F_h, "image_moves": moved})
 
 
-def warmup_step(nets, config, perceptual, autocast, hr, lr, real) -> dict:
+def warmup_step(nets, config, perceptual, autocast, hr, lr) -> dict:
     """A step of G alone, at z = 0: (10) without L_adv. z means nothing yet."""
     nothing = torch.zeros(len(lr), nets.G.z_dim, *lr.shape[-2:], device=lr.device)
     with autocast:
         sr = nets.G(lr, nothing)
-    fit = distances(perceptual, autocast, sr, hr, real)
+    fit = distances(perceptual, autocast, sr, hr)
     tie = gradient_error(sr)
     recons = reconstruction_loss(fit["L_percp"], fit["L_grad"], 0.0, 0.0, config.gamma)
     update(nets.opt_G, recons + config.pixel * fit["L_pixel"] + config.tie * tie)
@@ -183,6 +187,15 @@ def kind_of(config, step: int) -> str:
     if step < config.warmup:
         return "warm-up"
     return "with R1" if step % config.r1_every == 0 else "plain"
+
+
+def shown_to_D(nets, autocast, made: dict) -> dict:
+    """What the discriminators see: images, with VGG-16's features or without, and gradients."""
+    if nets.phi is None:
+        return made
+    with autocast:
+        images = beside_features(made["image"], nets.phi)
+    return {"image": images, "gradient": made["gradient"]}
 
 
 def judge(nets, autocast, pictures: dict, F: torch.Tensor) -> dict:
@@ -219,13 +232,13 @@ def seen_by_l_z(config, made: dict, level: int) -> torch.Tensor:
     return made["gradient"][level]
 
 
-def distances(perceptual, autocast, sr: dict, hr, real: dict) -> dict:
+def distances(perceptual, autocast, sr: dict, hr) -> dict:
     """How far the reconstruction is from the truth: (6), (7), and L1 on pixels."""
     image = sr["image"][-1]                                     # (B, 3, H, W)
     with autocast:
         l_percp = perceptual(image, hr)
     return {"L_percp": l_percp,                                            # (6)
-            "L_grad": gradient_loss(sr["gradient"][-1], real["gradient"][-1]),  # (7)
+            "L_grad": gradient_loss(sr["gradient"][-1], image_gradient(hr)),    # (7)
             "L_pixel": (image - hr).abs().mean()}
 
 
@@ -323,8 +336,12 @@ class Networks:
                            config.width, config.blocks, config.hard_consistency)
         self.ema = copy.deepcopy(self.G).requires_grad_(False)
         self.D_I = Discriminator(config.width, config.scale, config.d_blocks,
-                                 condition_channels=3, detail_alone=config.detail)
+                                 condition_channels=3, with_vgg=config.d_features)
         self.D_g = Discriminator(config.width, config.scale, config.d_blocks)
+        # Frozen: as many layers as G makes resolutions.
+        self.phi = None
+        if config.d_features:
+            self.phi = PerceptualLoss(list(VGG_LAYERS)[len(self.G.up_blocks) - 1]).to(device)
         for network in (self.G, self.ema, self.D_I, self.D_g):
             # The layout in which convolutions are fastest.
             network.to(device, memory_format=torch.channels_last)
@@ -860,8 +877,8 @@ def check_config(config):
         low = 1 if name in ("z_dim", "r1_every", "batch", "steps") else 0
         require(type(value) is str or value >= low, f"{name} must be {low} or more, got {value}")
     require(config.tau > 0, f"tau must be positive, got {config.tau}")
-    require(config.hard_consistency or not config.detail,
-            "--detail goes with --hard-consistency: without it LR is what D_I has to see")
+    require(config.scale <= 16 or not config.d_features,
+            f"--d-features has four layers of VGG-16, too few for scale {config.scale}")
 
 
 if __name__ == "__main__":
