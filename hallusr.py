@@ -95,7 +95,7 @@ def image_gradient(x: torch.Tensor) -> torch.Tensor:
 
 # The leading modules of torchvision's VGG-16, up to and including the named ReLU.
 VGG_LAYERS = {"relu1_2": 4, "relu2_2": 9, "relu3_3": 16, "relu4_3": 23}
-VGG_CHANNELS = [64, 128, 256, 512]  # of these layers, each of half the size
+VGG_CHANNELS = [64, 128, 256, 512]  # of each; a layer's map is half as large as the one before
 
 
 class PerceptualLoss(nn.Module):
@@ -328,7 +328,7 @@ class UpBlock(nn.Module):
 class DownBlock(nn.Module):
     """Halve the size: UpBlock's mirror, for one domain (section 3.2).
 
-    forward takes the picture of this resolution (N, 3, H, W) and the features from the
+    forward takes this resolution's picture (N, 3 or more, H, W) and the features from the
     finer one (N, in, H, W), None at the finest. Needs: conv3x3, activation.
     """
 
@@ -419,12 +419,13 @@ def sample(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor) -> torch.Ten
 
 
 def beside_features(images: list[torch.Tensor], phi: nn.Module) -> list[torch.Tensor]:
-    """Images, coarse to fine, each with VGG-16's features of the finest as more channels.
+    """Each image with VGG-16's features of the finest as more channels: not in the paper.
 
-    Not in the paper: a discriminator of pixels is slow to see what is wrong with a face,
-    one that knows pictures is not (Projected GAN, Sauer et al. 2021). phi: a
-    PerceptualLoss with as many of VGG_LAYERS as there are images.
+    Images (N, 3, 2h, 2w), ..., (N, 3, H, W) -> the same with 3 + VGG_CHANNELS. phi: a
+    PerceptualLoss of as many VGG_LAYERS as images.
     """
+    # A discriminator of pixels is slow to see what is wrong with a face, one that sees a
+    # trained network's features is not (Projected GAN, Sauer et al. 2021).
     features = phi.embed_all(images[-1])
     return [torch.cat(both, 1) for both in zip(images, reversed(features))]
 
@@ -434,8 +435,8 @@ class Discriminator(nn.Module):
 
     forward takes pictures as G returns them, a list from coarse to fine, and returns
     logits (N, 1, h, w): no linear layer, one logit for each LR pixel. D_I has
-    condition_channels = 3 and also takes F of (12), (N, 3, h, w); with_vgg says that its
-    pictures are those of `beside_features`.
+    condition_channels = 3 and also takes F of (12), (N, 3, h, w). with_vgg: its pictures
+    are those of `beside_features`.
     Needs: VGG_CHANNELS, DownBlock, ResidualBlock, conv3x3, near_zero, activation, channels_at.
     """
 
@@ -445,6 +446,7 @@ class Discriminator(nn.Module):
         check_architecture(width, scale, blocks)
         channels = channels_at(width, scale)
         mirrored = channels[::-1]  # fine to coarse
+        require(scale <= 16 or not with_vgg, f"VGG-16 has too few layers for scale {scale}")
         added = VGG_CHANNELS if with_vgg else [0] * len(mirrored)
         self.down_blocks = nn.ModuleList(
             DownBlock(fewer, more, 3 + features)
@@ -802,10 +804,9 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_generator(path: str | Path, device: str = "cpu") -> Generator:
     """The trained G (its running average) of a checkpoint, ready to sample.
 
-    Its `note` says what whoever samples should know, or "". ValueError for a file that
-    is no checkpoint. Needs: load_checkpoint, load_weights, Generator, ResidualBlock,
-    UpBlock, output_head, conv3x3, near_zero, activation, channels_at, image_gradient,
-    project_onto_lr, downscale, upscale_nearest, scale_between.
+    ValueError for a file that is no checkpoint. Needs: load_checkpoint, load_weights,
+    Generator, ResidualBlock, UpBlock, output_head, conv3x3, near_zero, activation,
+    channels_at, image_gradient, project_onto_lr, downscale, upscale_nearest, scale_between.
     """
     content = load_checkpoint(path)
     wanted = set(Generator(width=1, blocks=1).settings)
@@ -814,7 +815,6 @@ def load_generator(path: str | Path, device: str = "cpu") -> Generator:
                              f"{sorted(wanted ^ found)} in one alone")
     generator = Generator(**content["settings"]).float()  # whatever torch's default is
     load_weights(generator, content["generator"], path)
-    generator.note = content.get("note", "")
     return generator.to(device).eval().requires_grad_(False)
 
 

@@ -476,9 +476,11 @@ def run_as_script(main):
     # float32 with all its digits on a GPU too: for scores, and for R1.
     torch.backends.cudnn.allow_tf32 = False
     script = Path(sys.argv[0]).name
-    # A file's name may hold letters that the terminal has not. A notebook has all.
-    if hasattr(sys.stdout, "reconfigure"):
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        # A file's name may hold letters that the terminal has not.
         sys.stdout.reconfigure(errors="replace")
+        # A log is read while it grows.
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         main()
         print(end="", flush=True)
@@ -499,8 +501,6 @@ def main(words=None):
     arguments = parse_arguments(words)
     arguments.device = find_device(arguments.device)
     generator = load_generator(arguments.checkpoint, arguments.device)
-    if generator.note:
-        print(f"{arguments.checkpoint}: {generator.note}")
     for path in arguments.photos:
         write_samples(generator, path, arguments)
     if arguments.evaluate:

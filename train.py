@@ -39,12 +39,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.utils import save_image
 
 from hallusr import (VGG_LAYERS, Discriminator, Generator, PerceptualLoss, beside_features,
-                     check_architecture,
-                     discriminator_loss, diversity_loss, downscale, draw_z, excess, from_levels,
-                     generator_loss, gradient_loss, hallucination_loss, image_gradient,
-                     load_checkpoint, load_generator, load_weights, pyramid, quantize,
-                     r1_penalty, reconstruction_loss, require, sample, save_checkpoint,
-                     to_levels)
+                     check_architecture, discriminator_loss, diversity_loss, downscale, draw_z,
+                     excess, from_levels, generator_loss, gradient_loss, hallucination_loss,
+                     image_gradient, load_checkpoint, load_generator, load_weights, pyramid,
+                     quantize, r1_penalty, reconstruction_loss, require, sample,
+                     save_checkpoint, to_levels)
 from sample import (contact_sheet, count, evaluate, evenly, find_device, list_photos,
                     metrics_against, path_argument, read_photos, run_as_script, summarize)
 
@@ -114,7 +113,7 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     images = pyramid(hr, len(nets.G.up_blocks))
     real = {"image": images, "gradient": [image_gradient(image) for image in images]}
     level = max(0, len(images) - 1 - config.l_z_halvings)  # where (8) looks
-    # Each is {"image", "gradient"}: lists, coarse to fine; [-1] is (B, 3, H, W).
+    # Each is {"image", "gradient"}: lists, coarse to fine, to (B, 3, H, W); h2 ends early.
     with autocast:
         sr = nets.G(lr, torch.zeros_like(z1))                   # (1)
         h1 = nets.G(lr, z1)                                     # (2)
@@ -123,10 +122,10 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     F_real = torch.zeros_like(F_h)  # a photograph shrinks to its own LR exactly
 
     # D step: tell photographs from hallucinations. z2 serves (8) alone.
-    real = shown_to_D(nets, autocast, real)
-    shown = shown_to_D(nets, autocast, h1)
-    on_real = judge(nets, autocast, real, F_real)
-    on_h = judge(nets, autocast, shown, F_h)
+    seen_real = seen_by_D(nets, autocast, real)
+    seen_h = seen_by_D(nets, autocast, h1)
+    on_real = judge(nets, autocast, seen_real, F_real)
+    on_h = judge(nets, autocast, seen_h, F_h)
     terms = {"D_image_real": on_real["image"], "D_image_fake": on_h["image"],
              "D_gradient_real": on_real["gradient"], "D_gradient_fake": on_h["gradient"],
              "D_image_auc": won(on_real["image"], on_h["image"]),
@@ -135,24 +134,24 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     if config.beta:
         # As (10) does for G: photographs keep the weight 1, the reconstruction gets beta.
         F_sr = excess(sr["image"][-1], lr, config.eps)          # (12)  (B, 3, h, w)
-        shown_sr = shown_to_D(nets, autocast, sr)
-        against_sr = loss_of_both(on_real, judge(nets, autocast, shown_sr, F_sr))
+        seen_sr = seen_by_D(nets, autocast, sr)
+        against_sr = loss_of_both(on_real, judge(nets, autocast, seen_sr, F_sr))
         loss_D = (loss_D + config.beta * against_sr) / (1 + config.beta)
     if kind == "with R1":
         # Every r1_every steps, with as many times the weight: lazy R1, as in StyleGAN2.
-        terms["R1"] = r1_of_both(nets, real, F_real)
+        terms["R1"] = r1_of_both(nets, seen_real, F_real)
         loss_D = loss_D + config.r1_every * config.r1_gamma / 2 * terms["R1"]
     update(nets.opt_D, loss_D)
 
     # G step: ask the D just improved again.
-    on_h = judge(nets, autocast, shown, F_h)
+    on_h = judge(nets, autocast, seen_h, F_h)
     l_z = diversity_loss(seen_by_l_z(config, h1, level), seen_by_l_z(config, h2, level),
                          z1, z2, config.tau)                    # (8)
     halluc = hallucination_loss(generator_loss(on_h["gradient"]),
                                 generator_loss(on_h["image"]), l_z, nets.alpha)  # (11)
     adv_g = adv_i = 0.0
     if config.beta:
-        on_sr = judge(nets, autocast, shown_sr, F_sr)
+        on_sr = judge(nets, autocast, seen_sr, F_sr)
         adv_g = generator_loss(on_sr["gradient"])
         adv_i = generator_loss(on_sr["image"])
     fit = distances(perceptual, autocast, sr, hr)
@@ -189,7 +188,7 @@ def kind_of(config, step: int) -> str:
     return "with R1" if step % config.r1_every == 0 else "plain"
 
 
-def shown_to_D(nets, autocast, made: dict) -> dict:
+def seen_by_D(nets, autocast, made: dict) -> dict:
     """What the discriminators see: images, with VGG-16's features or without, and gradients."""
     if nets.phi is None:
         return made
@@ -217,10 +216,10 @@ def loss_of_both(on_real: dict, on_fake: dict) -> torch.Tensor:
     return sum(discriminator_loss(on_real[domain], on_fake[domain]) for domain in on_real)
 
 
-def r1_of_both(nets, real: dict, F_real: torch.Tensor) -> torch.Tensor:
+def r1_of_both(nets, seen_real: dict, F_real: torch.Tensor) -> torch.Tensor:
     """R1 of D_I and D_g, in float32: a slope of a slope needs all digits."""
-    leaves = {domain: [picture.detach().requires_grad_() for picture in real[domain]]
-              for domain in real}
+    leaves = {domain: [picture.detach().requires_grad_() for picture in seen_real[domain]]
+              for domain in seen_real}
     logits = judge(nets, contextlib.nullcontext(), leaves, F_real)
     return sum(r1_penalty(logits[domain], leaves[domain]) for domain in logits)
 
@@ -328,7 +327,7 @@ def decay_at(config, step: int) -> float:
 
 
 class Networks:
-    """All that training changes: G, its average, D_I, D_g and the two optimisers."""
+    """G, its average, D_I, D_g and the two optimisers; and what D_I sees through."""
 
     def __init__(self, config, device):
         torch.manual_seed(config.seed)
@@ -338,7 +337,7 @@ class Networks:
         self.D_I = Discriminator(config.width, config.scale, config.d_blocks,
                                  condition_channels=3, with_vgg=config.d_features)
         self.D_g = Discriminator(config.width, config.scale, config.d_blocks)
-        # Frozen: as many layers as G makes resolutions.
+        # VGG-16, never trained, up to the layer as small as G's coarsest image.
         self.phi = None
         if config.d_features:
             self.phi = PerceptualLoss(list(VGG_LAYERS)[len(self.G.up_blocks) - 1]).to(device)
@@ -534,6 +533,7 @@ class Report:
     """All that happens beside the loop. It reads from the device only when a line is due."""
 
     def __init__(self, config, arguments, nets: Networks, faces, valid, content):
+        self.out = run_folder(arguments)
         self.config = config
         self.arguments = arguments
         self.nets = nets
@@ -546,10 +546,8 @@ class Report:
                 self.metrics = metrics_against(photographs.to(arguments.device))
             except (ValueError, OSError) as error:
                 print(f"LPIPS, realism and AUC are not measured: {error}")
-        self.out = run_folder(arguments)
         goes_on = content and (self.out / "best.pt").exists()
         self.best = content["best"] if goes_on else None  # a tuple, the larger the better
-        self.step = content["step"] if content else 0
         self.terms = {}
         self.count = 0
         self.stop = False
@@ -563,14 +561,6 @@ class Report:
         self.stop = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def print(self, text: str):
-        """Print; where nobody reads any more (`| head`, a lost terminal), save and stop."""
-        try:
-            print(text, flush=True)
-        except OSError:
-            self.stop = True
-            sys.stdout = open(os.devnull, "w")
-
     def step_done(self, step: int, terms: dict) -> bool:
         """Whatever is due after this many steps. True when the loop is to end."""
         self.step = step
@@ -581,16 +571,18 @@ class Report:
         finished = self.stop or step == self.config.steps  # read once: Ctrl-C may come now
         due = finished or step % self.arguments.val_every == 0
         if due or step == 1 or step % self.arguments.log_every == 0:
-            self.log()  # it also keeps NaN out of a checkpoint
+            terms = self.means()  # it also keeps NaN out of a checkpoint
+            if due:
+                self.save()  # first: the rest may be interrupted, if only by a reader that left
+            self.log(terms)
         if due:
-            self.save("last.pt")  # first: the rest may be interrupted
             self.validate()
-            self.save("last.pt")
+            self.save()
         return finished
 
-    def log(self):
-        """One line and one row. Raises FloatingPointError, naming the term, at NaN or Inf."""
-        # Means over the steps since the last line, where a step has the term.
+    def means(self) -> dict:
+        """Over the steps since the last line. Raises FloatingPointError at NaN or Inf."""
+        # Not every step has every term.
         terms = {name: torch.stack(values).mean().item() for name, values in self.terms.items()}
         weights = [*self.nets.G.parameters(), *self.nets.opt_D.param_groups[0]["params"]]
         total = sum(weight.detach().sum() for weight in weights).item()
@@ -598,6 +590,10 @@ class Report:
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} became {value} by step {self.step}; "
                                          "no file changed")
+        return terms
+
+    def log(self, terms: dict):
+        """One line and one row."""
         seconds = max(time.perf_counter() - self.since, 1e-6)  # a coarse clock may stand still
         images_per_s = self.count * self.config.batch / seconds
         # A step takes about three times as long once the discriminators play.
@@ -606,7 +602,7 @@ class Report:
         minutes = seconds / self.count * (warmup + (3 * later if warmup else later)) / 60
         text = "".join(f"  {name} {value:.3g}" for name, value in terms.items())
         when = f"about {minutes:.1f} min left" + (", warm-up" if warmup else "")
-        self.print(f"step {self.step}  {images_per_s:.1f} images/s  {when}{text}")
+        print(f"step {self.step}  {images_per_s:.1f} images/s  {when}{text}")
         self.append("log.jsonl", {"step": self.step, "images_per_s": images_per_s} | terms)
         self.terms = {}
         self.count = 0
@@ -619,7 +615,7 @@ class Report:
         table = {"step": self.step, "faces": len(self.valid)}
         for name, scores in rows.items():
             text = "  ".join(f"{score} {value:.3f}" for score, value in scores.items())
-            self.print(f"  {name:13}  {text}")
+            print(f"  {name:13}  {text}")
             table |= {f"{name}_{score}": value for score, value in scores.items()}
         self.append("valid.jsonl", table)
         save_image(self.grid(), self.out / "grid.png")
@@ -631,7 +627,7 @@ class Report:
                     -table["hallucination_realism"] * table["hallucination_auc"])
         if self.step > self.config.warmup and (not self.best or best > self.best):
             self.best = best
-            self.save("best.pt")
+            save_checkpoint(self.out / "best.pt", self.nets.ema, step=self.step)
         self.since += time.perf_counter() - began
 
     def append(self, name: str, row: dict):
@@ -647,40 +643,35 @@ class Report:
         z = draw_z((6, self.config.z_dim, *lr.shape[-2:]), self.config.z_shared, rng)
         return contact_sheet(self.nets.ema, lr, z.to(lr.device), hr)
 
-    def save(self, name: str):
-        """Write a checkpoint from which --resume goes on, with the same data."""
-        note = ""
-        if self.step <= self.config.warmup:
-            note = (f"step {self.step} is within the warm-up of {self.config.warmup}: "
-                    "z means nothing yet")
-        state = {name: getattr(self.nets, name).state_dict()
-                 for name in ("G", "D_I", "D_g", "opt_G", "opt_D")}
-        save_checkpoint(self.out / name, self.nets.ema, **state, step=self.step, best=self.best,
-                        config=asdict(self.config), note=note,
-                        run={name: getattr(self.arguments, name) for name in RUN})
+    def save(self):
+        """Write last.pt, from which --resume goes on, with the same data."""
+        state = {part: getattr(self.nets, part).state_dict()
+                 for part in ("G", "D_I", "D_g", "opt_G", "opt_D")}
+        save_checkpoint(self.out / "last.pt", self.nets.ema, **state, step=self.step,
+                        best=self.best, config=asdict(self.config),
+                        run={flag: getattr(self.arguments, flag) for flag in RUN})
 
     def finish(self):
         """The last words: how to go on, or what came of it."""
         checkpoint = shlex.quote(str(self.out / "last.pt"))
         if self.step < self.config.steps:
-            self.print(f"stopped and saved; go on with\n  python train.py --resume {checkpoint}")
+            print(f"stopped and saved; go on with\n  python train.py --resume {checkpoint}")
         else:
-            self.print(f"done: look at {self.out / 'grid.png'}, sample with\n"
-                       f"  python sample.py PHOTO --checkpoint {checkpoint}")
+            print(f"done: look at {self.out / 'grid.png'}, sample with\n"
+                  f"  python sample.py PHOTO --checkpoint {checkpoint}")
         if not self.arguments.data:
             found = calibrate(self.nets.ema, self.config, self.arguments.device)
             shares = "  ".join(f"{share:.0f} % {direction}" for direction, share
                                in zip(("right", "down", "left", "up"), found["shares"]))
-            self.print("Each small face hides where the eyes look. Ten hallucinations look in "
-                       f"{found['found']:.2f} of four directions\n(a perfect sampler 3.77, one "
-                       f"face repeated 1): {shares} (25 % would be right).")
+            print("Each small face hides where the eyes look. Ten hallucinations look in "
+                  f"{found['found']:.2f} of four directions\n(a perfect sampler 3.77, one "
+                  f"face repeated 1): {shares} (25 % would be right).")
 
 
 def run_folder(arguments) -> Path:
     """The folder of results, this run's alone. ValueError where another run is."""
-    home = arguments.resume and Path(arguments.resume).parent
-    if home and home.resolve() == Path(arguments.out or home).resolve():
-        return home
+    if arguments.resume:
+        return Path(arguments.resume).parent
     name = Path(arguments.data or "drawn").name + time.strftime("-%m%d-%H%M%S")
     out = Path(arguments.out or Path("runs", name))
     files = ("last.pt", "best.pt", "log.jsonl", "valid.jsonl", "grid.png")
@@ -742,8 +733,9 @@ def build_parser() -> argparse.ArgumentParser:
     run("--data", type=path_argument, help="a folder of photos (default: drawn faces)")
     run("--val", type=path_argument, help="to validate on (default: 5 %% of --data)")
     run("--out", type=path_argument,
-        help="folder for results (default: a new one in runs, or where --resume lies)")
-    run("--resume", type=path_argument, help="go on from this last.pt, with its settings")
+        help="folder for results (default: a new one in runs)")
+    run("--resume", type=path_argument,
+        help="go on from this last.pt, in its folder, with its settings")
     run("--init", type=path_argument,
         help="start G from this checkpoint's generator, with new discriminators and no warm-up")
     run("--preset", choices=list(PRESETS),
@@ -799,18 +791,16 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
 
 def load_run(arguments) -> dict:
     """The checkpoint that --resume names. ValueError for one that cannot go on."""
-    require(not (arguments.preset or arguments.init),
-            "--resume has the settings and the G of its run: no --preset, no --init")
+    require(not (arguments.preset or arguments.init or arguments.out),
+            "--resume goes on as the run began: no --preset, --init or --out")
     path = Path(arguments.resume)
+    # From an older one, the newest would be overwritten.
+    require(path.name == "last.pt", f"--resume takes a run's last.pt, got {path}")
     content = load_checkpoint(path)
     require("opt_G" in content, f"{path} holds a generator alone: it cannot be trained on")
     known = {*RUN, *PRESETS["paper"]}
     require(known == {*content["run"], *content["config"]},
             f"{path} is of another version: go on with that one")
-    last = Path(arguments.out or path.parent, "last.pt")
-    latest = load_checkpoint(last).get("step", 0) if last != path and last.is_file() else 0
-    require(content["step"] >= latest, f"{path} is of step {content['step']}, and {last} of "
-                                       f"{latest} would be overwritten: name another --out")
     return content
 
 
@@ -877,8 +867,6 @@ def check_config(config):
         low = 1 if name in ("z_dim", "r1_every", "batch", "steps") else 0
         require(type(value) is str or value >= low, f"{name} must be {low} or more, got {value}")
     require(config.tau > 0, f"tau must be positive, got {config.tau}")
-    require(config.scale <= 16 or not config.d_features,
-            f"--d-features has four layers of VGG-16, too few for scale {config.scale}")
 
 
 if __name__ == "__main__":
