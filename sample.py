@@ -41,20 +41,17 @@ from hallusr import (LPIPS, Realism, TwoSampleAUC, diversity_score, downscale, d
 def read_image(path: str | Path) -> torch.Tensor:
     """Any image file as a viewer shows it: uint8 RGB (3, H, W), upright, in sRGB.
 
-    What is transparent lies on white; 16-bit grey becomes 8-bit. Raises ValueError,
-    naming it, when it cannot be read, or has 32-bit values, of unknown range.
+    What is transparent lies on white. Raises ValueError, naming it, when it cannot be
+    read, or has no 8-bit values.
     """
     try:
         with Image.open(path) as image:
-            require(image.mode not in ("I", "F"),
-                    f"its values are of mode {image.mode}, not 8-bit")
+            require(image.mode[0] not in "IF", f"its values are of mode {image.mode}, not 8-bit")
             image.load()  # of a TIFF, Pillow turns it here
             exif = image.getexif()
             for field in set(exif) - {0x0112}:  # all but orientation are often broken
                 del exif[field]
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16"):
-                return grey_of_16_bits(image)
             return v2.functional.pil_to_tensor(to_srgb(image, path))
     except Exception as error:  # it depends on where the file is damaged
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
@@ -77,20 +74,6 @@ def to_srgb(image: Image.Image, path: str | Path) -> Image.Image:
     if has_alpha:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def grey_of_16_bits(image: Image.Image) -> torch.Tensor:
-    """uint8 (3, H, W) from values of 16 bits; in a TIFF they may have 12."""
-    values = v2.functional.pil_to_tensor(image.convert("I"))    # (1, H, W)
-    largest = 65535
-    if image.format == "TIFF":
-        largest = 2 ** image.tag_v2[258][0] - 1
-        if image.tag_v2.get(262) == 0:  # in a few files, scans above all, 0 is white
-            values = largest - values
-    grey = (values * 255 / largest).round().byte()
-    if "transparency" in image.info:
-        grey[values == image.info["transparency"]] = 255
-    return grey.expand(3, -1, -1)
 
 
 def read_photo(path: str | Path, size: int) -> torch.Tensor:
