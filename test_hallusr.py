@@ -1791,7 +1791,6 @@ def test_ctrl_c_saves_and_says_how_to_resume(name, tmp_path, monkeypatch, capsys
     assert [row["step"] for row in table(tmp_path / "valid.jsonl")] == [1]
     assert (tmp_path / "grid.png").exists()
     assert f"python train.py --resume {tmp_path / 'last.pt'}\n" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as before the run
 
 
 def test_a_second_ctrl_c_kills(tmp_path, monkeypatch):
@@ -1805,18 +1804,6 @@ def test_a_second_ctrl_c_kills(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Report, "step_done", interrupt)
     run_training(tmp_path)
     assert seen[0].__func__ is train.Report.interrupt and seen[1:] == [signal.SIG_DFL]
-
-
-@pytest.mark.parametrize("words, fails", [([], False), (["--learning-rate-g", "1e9"], True)])
-def test_a_program_has_its_own_signal_handlers_back(words, fails, tmp_path):
-    def mine(*_):
-        pass
-    for number in (signal.SIGINT, signal.SIGTERM):  # the fixture brings back the usual ones
-        signal.signal(number, mine)
-    failure = pytest.raises(FloatingPointError) if fails else contextlib.nullcontext()
-    with failure:
-        run_training(tmp_path, "--steps", "9", *words)
-    assert {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} == {mine}
 
 
 def test_a_clock_that_stands_still_is_no_error(tmp_path, monkeypatch):

@@ -846,12 +846,7 @@ def main(words=None):
     print(f"{len(faces)} faces of {config.size}x{config.size} to train on, {len(valid)} to "
           f"validate on; {config.steps} steps (--steps for a shorter run), seed {config.seed}, "
           f"{arguments.device}, {'bfloat16' if arguments.amp else 'float32'}")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        train(config, arguments, perceptual.to(arguments.device), faces, valid, content)
-    finally:  # a notebook goes on, even after an error
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    train(config, arguments, perceptual.to(arguments.device), faces, valid, content)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()  # or gloo's threads can abort an ended process
 
