@@ -1412,8 +1412,10 @@ def bare_copies(nets):
 
 def pairs_apart(h1, h2, z1, z2, level, on_image):
     """(8) before its ceiling and mean: one number for each pair."""
-    g1, g2 = [hallusr.image_gradient(x["image"][level]) if on_image else x["gradient"][level]
-              for x in (h1, h2)]
+    g1, g2 = [x["gradient"][level] for x in (h1, h2)]
+    if on_image:
+        g1, g2 = [hallusr.image_gradient(fn.avg_pool2d(x["image"][-1], 2 if level == 0 else 1))
+                  for x in (h1, h2)]
     return torch.stack([(a - b).abs().mean() / ((y - z).abs().mean() + 1e-5)
                         for a, b, y, z in zip(g1, g2, z1, z2)])
 

@@ -117,7 +117,8 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     with autocast:
         sr = nets.G(lr, torch.zeros_like(z1))                   # (1)
         h1 = nets.G(lr, z1)                                     # (2)
-        h2 = nets.G(lr, z2, level + 1)                          # (2), as far as (8) needs
+        # (2), as far as (8) needs.
+        h2 = nets.G(lr, z2, None if config.l_z_on_image else level + 1)
     F_h = excess(h1["image"][-1], lr, config.eps)               # (12)  (B, 3, h, w)
     F_real = torch.zeros_like(F_h)  # a photograph shrinks to its own LR exactly
 
@@ -227,7 +228,9 @@ def r1_of_both(nets, seen_real: dict, F_real: torch.Tensor) -> torch.Tensor:
 def seen_by_l_z(config, made: dict, level: int) -> torch.Tensor:
     """What (8) wants to differ: g, as printed, or the gradient of the image itself."""
     if config.l_z_on_image:
-        return image_gradient(made["image"][level])
+        # Of the finest, made smaller: of what a coarser one shows it may keep nothing.
+        factor = 2 ** (len(made["image"]) - 1 - level)
+        return image_gradient(downscale(made["image"][-1], factor))
     return made["gradient"][level]
 
 
