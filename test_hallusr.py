@@ -2763,9 +2763,11 @@ def test_readme_command(command, workplace, tmp_path, monkeypatch, capsys):
     elif "train.py" in command:
         flags = TINY_FLAGS + (" --size 32" if "--init" in command else "")  # as its G
         command += f" {flags} --out {tmp_path}"
-    elif "--evaluate" in command and not (HAS_LPIPS and VGG_FILE.is_file()):
+    if ("--evaluate" in command and not HAS_LPIPS) or (
+            re.search("--evaluate|--d-features", command) and not VGG_FILE.is_file()):
         pytest.skip("the weights of LPIPS or VGG-16 are not in TORCH_HOME")
     command = command.replace("500:1000", "1:3").replace("TRAIN", "more_photos")
+    command = command.replace("FIRST/", "runs/photos/")
     printed = run_here(command, workplace, monkeypatch, capsys)
     assert re.search("written to|grid.png", printed)
 
