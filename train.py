@@ -117,8 +117,7 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     with autocast:
         sr = nets.G(lr, torch.zeros_like(z1))                   # (1)
         h1 = nets.G(lr, z1)                                     # (2)
-        # (2), as far as (8) needs.
-        h2 = nets.G(lr, z2, None if config.l_z_on_image else level + 1)
+        h2 = nets.G(lr, z2, None if config.l_z_on_image else level + 1)  # (2)
     F_h = excess(h1["image"][-1], lr, config.eps)               # (12)  (B, 3, h, w)
     F_real = torch.zeros_like(F_h)  # a photograph shrinks to its own LR exactly
 
@@ -127,10 +126,7 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     seen_h = seen_by_D(nets, autocast, h1)
     on_real = judge(nets, autocast, seen_real, F_real)
     on_h = judge(nets, autocast, seen_h, F_h)
-    terms = {"D_image_real": on_real["image"], "D_image_fake": on_h["image"],
-             "D_gradient_real": on_real["gradient"], "D_gradient_fake": on_h["gradient"],
-             "D_image_auc": won(on_real["image"], on_h["image"]),
-             "D_gradient_auc": won(on_real["gradient"], on_h["gradient"])}
+    terms = said_by_D(on_real, on_h)
     loss_D = loss_of_both(on_real, on_h)
     if config.beta:
         # As (10) does for G: photographs keep the weight 1, the reconstruction gets beta.
@@ -204,6 +200,16 @@ def judge(nets, autocast, pictures: dict, F: torch.Tensor) -> dict:
         logits = {"image": nets.D_I(pictures["image"], F),
                   "gradient": nets.D_g(pictures["gradient"])}
     return {domain: logits[domain].float() for domain in logits}
+
+
+def said_by_D(on_real: dict, on_fake: dict) -> dict:
+    """Logits and AUC of both discriminators, for the log."""
+    terms = {}
+    for domain in on_real:
+        terms[f"D_{domain}_real"] = on_real[domain]
+        terms[f"D_{domain}_fake"] = on_fake[domain]
+        terms[f"D_{domain}_auc"] = won(on_real[domain], on_fake[domain])
+    return terms
 
 
 def won(on_real: torch.Tensor, on_fake: torch.Tensor) -> torch.Tensor:
