@@ -1456,12 +1456,10 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
     assert all((x > 0).any() for x in F)
     real = {"image": [hallusr.downscale(hr, 2), hr]}
     real["gradient"] = [edges(picture) for picture in real["image"]]
-    level = -1 if halvings == 0 else 0  # there are two, the coarser first
-    l_z = pairs_apart(h1, h2, z1, z2, level, on_image)
+    l_z = pairs_apart(h1, h2, z1, z2, -1 if halvings == 0 else 0, on_image)  # coarser first
     config = replace(config, tau=l_z.mean().item())  # one of the two is cut
-    shown = {"image": list, "gradient": list}
-    if features:
-        shown["image"] = partial(with_layers_of_vgg, nets.phi.features)
+    vgg = partial(with_layers_of_vgg, nets.phi.features) if features else list
+    shown = {"image": vgg, "gradient": list}
     Ds = {"image": nets.D_I, "gradient": nets.D_g}
     before, calls = bare_copies(nets), []
     hook = nets.D_I.register_forward_hook(lambda _, __, logits: calls.append(len(logits)))
