@@ -3,10 +3,8 @@
 CPU, no network. What needs pretrained weights skips where torch.hub's cache does not have them.
 """
 import ast
-import builtins
 import contextlib
 import copy
-import errno
 import importlib.machinery
 import importlib.util
 import json
