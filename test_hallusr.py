@@ -1461,8 +1461,7 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
     Ds = {"image": nets.D_I, "gradient": nets.D_g}
     before, calls = bare_copies(nets), []
     hook = nets.D_I.register_forward_hook(lambda _, __, logits: calls.append(len(logits)))
-    terms = train.training_step(nets, config, torch.nn.L1Loss(), contextlib.nullcontext(), hr, z1,
-                                z2, kind)
+    terms = train.training_step(nets, config, hr, z1, z2, kind)
     hook.remove()
     assert all(term.shape == () and not term.requires_grad for term in terms.values())
     judged = 2 if beta else 1  # of z1's image, and of the reconstruction
@@ -1846,8 +1845,7 @@ def test_what_is_logged_is_a_mean_of_copies(tmp_path, monkeypatch):
 def one_step(nets, config, device, step):
     hr, z1, z2 = train.batch_at(torch.zeros(3, 3, 16, 16).byte(), config, step, device)
     nets.follow_schedule(config, step)
-    terms = train.training_step(nets, config, torch.nn.L1Loss(), contextlib.nullcontext(), hr, z1,
-                                z2, train.kind_of(config, step))
+    terms = train.training_step(nets, config, hr, z1, z2, train.kind_of(config, step))
     nets.update_ema(config.ema, step)
     return terms
 
@@ -1887,8 +1885,7 @@ def test_rates_and_alpha_reach_the_step_through_tensors_that_stay():
         by_number.opt_D.param_groups[0]["lr"] = 2e-3 * factor
         by_number.alpha = 3.0 * factor ** 2
         for nets in (by_tensor, by_number):
-            train.training_step(nets, config, torch.nn.L1Loss(), contextlib.nullcontext(), *batch,
-                                "with R1")
+            train.training_step(nets, config, *batch, "with R1")
     found = [optimizer.param_groups[0]["lr"] for optimizer in optimizers] + [by_tensor.alpha]
     assert [place.data_ptr() for place in found] == pointers
     assert [place.item() for place in found] == pytest.approx(
@@ -1951,14 +1948,13 @@ def test_a_graph_of_each_kind_of_step_is_recorded_and_replayed(fails, monkeypatc
                   learning_rate_g=1e-3)
     faces = torch.randint(0, 256, (9, 3, 16, 16)).byte()
     plain, graphed = train.Networks(config, "cpu"), train.Networks(config, "cpu")
-    how = config, torch.nn.L1Loss(), contextlib.nullcontext()
-    graphs = GraphsOnTheCPU(partial(train.training_step, graphed, *how), monkeypatch, fails)
+    graphs = GraphsOnTheCPU(partial(train.training_step, graphed, config), monkeypatch, fails)
     replayed = train.GraphedStep(graphs.step)
     for step in range(15):
         batch, kind = train.batch_at(faces, config, step, "cpu"), train.kind_of(config, step)
         for nets in (plain, graphed):
             nets.follow_schedule(config, step)
-        expected = train.training_step(plain, *how, *batch, kind)
+        expected = train.training_step(plain, config, *batch, kind)
         found = replayed(*batch, kind)
         assert expected == found, step  # tensors of one number each
     for name in ("G", "D_I", "D_g"):
@@ -2007,8 +2003,7 @@ def test_a_replayed_step_is_a_plain_step(preset, kind, monkeypatch, capsys):
     # Hard consistency would leave some biases no gradient but rounding, which Adam makes large.
     config = Config(**PRESETS[preset] | TINY | dict(hard_consistency=False))
     graphed, plain = train.Networks(config, "cuda"), train.Networks(config, "cuda")
-    how = config, torch.nn.L1Loss(), contextlib.nullcontext()
-    replayed = train.GraphedStep(partial(train.training_step, graphed, *how))
+    replayed = train.GraphedStep(partial(train.training_step, graphed, config))
     faces = torch.randint(0, 256, (9, 3, 16, 16)).byte().cuda()
     digits = dict(rtol=2e-5, atol=1e-5)
     for step in range(5):
@@ -2020,7 +2015,7 @@ def test_a_replayed_step_is_a_plain_step(preset, kind, monkeypatch, capsys):
             nets.follow_schedule(config, step)
         assert (kind in replayed.graphs) == (step >= 3), capsys.readouterr().out
         found = {name: value.clone() for name, value in replayed(*batch, kind).items()}
-        expected = train.training_step(plain, *how, *batch, kind)
+        expected = train.training_step(plain, config, *batch, kind)
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, **digits, msg=f"{name}, step {step}")
@@ -2107,26 +2102,6 @@ def test_a_run_stays_on_the_gpu_that_it_was_given(tmp_path, capsys):
     assert torch.load(tmp_path / "last.pt")["G"]["first_conv.weight"].device.index == 1
 
 
-def test_two_processes_train_as_one(tmp_path):
-    # Hard consistency would leave some biases no gradient but rounding, which Adam makes large.
-    flags = f"{TINY_FLAGS} --batch 4 --steps 3 --r1-every 2 --val-every 9 --no-hard-consistency"
-    code, printed = run_script(f"python train.py {flags} --out {tmp_path / 'one'}", tmp_path)
-    assert code == 0, printed
-    launch = f"python -m torch.distributed.run --standalone --nproc-per-node=2 {HERE / 'train.py'}"
-    done = subprocess.run([sys.executable, *shlex.split(launch)[1:], *shlex.split(flags), "--out",
-                           str(tmp_path / "two")], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and done.stdout.count("done: look") == 1, done.stdout + done.stderr
-    files = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("one", "two")]
-    assert files[0] == files[1] and len(list(tmp_path.iterdir())) == 2
-    one, two = (torch.load(tmp_path / name / "last.pt") for name in ("one", "two"))
-    for name in ("generator", "G", "D_I", "D_g"):
-        for key, value in one[name].items():
-            # A step moves a weight by about 1e-3; sums in another order change its digits.
-            torch.testing.assert_close(value, two[name][key], atol=5e-5, rtol=0)
-    train.main(["--resume", str(tmp_path / "two/last.pt"), "--steps", "4", "--device", "cpu"])
-
-
 @pytest.mark.parametrize("alpha_decays", [False, True])
 def test_rates_decay_to_a_tenth_at_the_end_and_alpha_to_a_hundredth(alpha_decays):
     config = tiny(learning_rate_g=1.0, learning_rate_d=2.0, decay=0.4, steps=100, alpha=3.0,
@@ -2186,14 +2161,14 @@ def test_logits_and_r1_are_float32_under_bfloat16(monkeypatch):
             seen.setdefault(name, set()).add(logits.dtype)
             return real(logits, *rest)
         monkeypatch.setattr(train, name, spy)
-    config, amp = tiny(), torch.autocast("cpu", torch.bfloat16)
+    config = tiny()
     inside = []  # R1's D must not run in bfloat16 at all
     real = hallusr.Discriminator.forward
     monkeypatch.setattr(hallusr.Discriminator, "forward", lambda self, *given: (
         inside.append((given[0][0].requires_grad, torch.is_autocast_enabled("cpu"))),
         real(self, *given))[1])
-    train.training_step(train.Networks(config, "cpu"), config, torch.nn.L1Loss(), amp,
-                        levels(2, 3, 16, 16), *torch.randn(2, 2, 5, 4, 4), "with R1")
+    train.training_step(train.Networks(config, "cpu", amp=True), config, levels(2, 3, 16, 16),
+                        *torch.randn(2, 2, 5, 4, 4), "with R1")
     assert seen == dict.fromkeys(seen, {torch.float32}) and len(seen) == 3
     assert (True, False) in inside and (False, True) in inside
 
@@ -2452,14 +2427,6 @@ def test_a_wrapped_generator_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_environment_of_a_cluster_is_no_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    train.join_processes(SimpleNamespace(device="cpu"), tiny())  # else it waits for a RANK
-    monkeypatch.setattr(train.dist, "is_available", lambda: False)
-    monkeypatch.delattr(train.dist, "is_initialized")  # as in a torch without it
-    assert train.processes() == 1
-
-
 def test_scripts_run_without_docstrings(tmp_path):
     done = subprocess.run([sys.executable, "-OO", str(HERE / "train.py"), "--help"],
                           capture_output=True, text=True, timeout=120)
@@ -2570,15 +2537,6 @@ def test_a_resumed_run_takes_the_rate_of_its_step(tmp_path):
     train.main(["--resume", str(tmp_path / "last.pt"), "--steps", "4", "--device", "cpu"])
     rate = torch.load(tmp_path / "last.pt")["opt_G"]["param_groups"][0]["lr"]
     assert rate == pytest.approx(2e-3 * 0.1 ** 0.75)  # three of four steps are over
-
-
-def test_a_batch_that_processes_can_not_share_is_refused(monkeypatch):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "3")
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *_: None)
-    monkeypatch.setattr(train.dist, "get_world_size", lambda: 3)
-    with pytest.raises(ValueError, match="batch 4 is no multiple of 3 processes"):
-        train.join_processes(SimpleNamespace(device="cpu"), tiny(batch=4))
 
 
 def test_a_step_that_asks_the_device_is_found(monkeypatch):

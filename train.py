@@ -1,4 +1,4 @@
-"""Train hallusr: one plain loop, for a CPU or one GPU, or for several under torchrun.
+"""Train hallusr: one plain loop, for one CUDA GPU or a CPU.
 
     python train.py                         faces that it draws itself, no data needed: minutes
     python train.py --data FOLDER           any folder of photos: hours
@@ -34,7 +34,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.utils import save_image
 
@@ -99,22 +98,22 @@ def differences(config: Config) -> str:
 
 # ---- One step ------------------------------------------------------------------------
 
-def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> dict:
+def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
     """One step of both discriminators, then one of G. Returns means for the log.
 
-    hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w); nets: Networks; perceptual:
-    (6); autocast: bfloat16 or not; kind: what `kind_of` says of the step.
+    hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w); nets: Networks; kind: what
+    `kind_of` says of the step.
     """
     # LR is rounded, as a file is.
     lr = quantize(downscale(hr, config.scale))                  # (B, 3, h, w)
     if kind == "warm-up":
-        return warmup_step(nets, config, perceptual, autocast, hr, lr)
+        return warmup_step(nets, config, hr, lr)
 
     images = pyramid(hr, len(nets.G.up_blocks))
     real = {"image": images, "gradient": [image_gradient(image) for image in images]}
     level = max(0, len(images) - 1 - config.l_z_halvings)  # where (8) looks
     # Each is {"image", "gradient"}: lists, coarse to fine, to (B, 3, H, W); h2 ends early.
-    with autocast:
+    with nets.autocast:
         sr = nets.G(lr, torch.zeros_like(z1))                   # (1)
         h1 = nets.G(lr, z1)                                     # (2)
         h2 = nets.G(lr, z2, None if config.l_z_on_image else level + 1)  # (2)
@@ -122,17 +121,17 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     F_real = torch.zeros_like(F_h)  # a photograph shrinks to its own LR exactly
 
     # D step: tell photographs from hallucinations. z2 serves (8) alone.
-    seen_real = seen_by_D(nets, autocast, real)
-    seen_h = seen_by_D(nets, autocast, h1)
-    on_real = judge(nets, autocast, seen_real, F_real)
-    on_h = judge(nets, autocast, seen_h, F_h)
+    seen_real = seen_by_D(nets, real)
+    seen_h = seen_by_D(nets, h1)
+    on_real = judge(nets, seen_real, F_real)
+    on_h = judge(nets, seen_h, F_h)
     terms = said_by_D(on_real, on_h)
     loss_D = loss_of_both(on_real, on_h)
     if config.beta:
         # As (10) does for G: photographs keep the weight 1, the reconstruction gets beta.
         F_sr = excess(sr["image"][-1], lr, config.eps)          # (12)  (B, 3, h, w)
-        seen_sr = seen_by_D(nets, autocast, sr)
-        against_sr = loss_of_both(on_real, judge(nets, autocast, seen_sr, F_sr))
+        seen_sr = seen_by_D(nets, sr)
+        against_sr = loss_of_both(on_real, judge(nets, seen_sr, F_sr))
         loss_D = (loss_D + config.beta * against_sr) / (1 + config.beta)
     if kind == "with R1":
         # Every r1_every steps, with as many times the weight: lazy R1, as in StyleGAN2.
@@ -141,17 +140,17 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     update(nets.opt_D, loss_D)
 
     # G step: ask the D just improved again.
-    on_h = judge(nets, autocast, seen_h, F_h)
+    on_h = judge(nets, seen_h, F_h)
     l_z = diversity_loss(seen_by_l_z(config, h1, level), seen_by_l_z(config, h2, level),
                          z1, z2, config.tau)                    # (8)
     halluc = hallucination_loss(generator_loss(on_h["gradient"]),
                                 generator_loss(on_h["image"]), l_z, nets.alpha)  # (11)
     adv_g = adv_i = 0.0
     if config.beta:
-        on_sr = judge(nets, autocast, seen_sr, F_sr)
+        on_sr = judge(nets, seen_sr, F_sr)
         adv_g = generator_loss(on_sr["gradient"])
         adv_i = generator_loss(on_sr["image"])
-    fit = distances(perceptual, autocast, sr, hr)
+    fit = distances(nets, sr, hr)
     recons = reconstruction_loss(fit["L_percp"], fit["L_grad"], adv_g, adv_i,
                                  config.gamma, config.beta)     # (10)
     tie = (gradient_error(sr) + gradient_error(h1)) / 2
@@ -161,12 +160,12 @@ def training_step(nets, config, perceptual, autocast, hr, z1, z2, kind: str) -> 
     return means(terms | fit | {"L_z": l_z, "tie": tie, "F": F_h, "image_moves": moved})
 
 
-def warmup_step(nets, config, perceptual, autocast, hr, lr) -> dict:
+def warmup_step(nets, config, hr, lr) -> dict:
     """A step of G alone, at z = 0: (10) without L_adv. z means nothing yet."""
     nothing = torch.zeros(len(lr), nets.G.z_dim, *lr.shape[-2:], device=lr.device)
-    with autocast:
+    with nets.autocast:
         sr = nets.G(lr, nothing)
-    fit = distances(perceptual, autocast, sr, hr)
+    fit = distances(nets, sr, hr)
     tie = gradient_error(sr)
     recons = reconstruction_loss(fit["L_percp"], fit["L_grad"], 0.0, 0.0, config.gamma)
     update(nets.opt_G, recons + config.pixel * fit["L_pixel"] + config.tie * tie)
@@ -185,18 +184,18 @@ def kind_of(config, step: int) -> str:
     return "with R1" if step % config.r1_every == 0 else "plain"
 
 
-def seen_by_D(nets, autocast, made: dict) -> dict:
+def seen_by_D(nets, made: dict) -> dict:
     """What the discriminators see: images, with VGG-16's features or without, and gradients."""
     if nets.phi is None:
         return made
-    with autocast:
+    with nets.autocast:
         images = beside_features(made["image"], nets.phi)
     return {"image": images, "gradient": made["gradient"]}
 
 
-def judge(nets, autocast, pictures: dict, F: torch.Tensor) -> dict:
+def judge(nets, pictures: dict, F: torch.Tensor) -> dict:
     """Logits (B, 1, h, w) of D_I, which is told F (section 3.1), and of D_g."""
-    with autocast:
+    with nets.autocast:
         logits = {"image": nets.D_I(pictures["image"], F),
                   "gradient": nets.D_g(pictures["gradient"])}
     return {domain: logits[domain].float() for domain in logits}
@@ -224,11 +223,12 @@ def loss_of_both(on_real: dict, on_fake: dict) -> torch.Tensor:
 
 
 def r1_of_both(nets, seen_real: dict, F_real: torch.Tensor) -> torch.Tensor:
-    """R1 of D_I and D_g, in float32: a slope of a slope needs all digits."""
+    """R1 of D_I and D_g, without autocast: a slope of a slope needs all digits."""
     leaves = {domain: [picture.detach().requires_grad_() for picture in seen_real[domain]]
               for domain in seen_real}
-    logits = judge(nets, contextlib.nullcontext(), leaves, F_real)
-    return sum(r1_penalty(logits[domain], leaves[domain]) for domain in logits)
+    of_D_I = r1_penalty(nets.D_I(leaves["image"], F_real), leaves["image"])
+    of_D_g = r1_penalty(nets.D_g(leaves["gradient"]), leaves["gradient"])
+    return of_D_I + of_D_g
 
 
 def seen_by_l_z(config, made: dict, level: int) -> torch.Tensor:
@@ -240,11 +240,11 @@ def seen_by_l_z(config, made: dict, level: int) -> torch.Tensor:
     return made["gradient"][level]
 
 
-def distances(perceptual, autocast, sr: dict, hr) -> dict:
+def distances(nets, sr: dict, hr) -> dict:
     """How far the reconstruction is from the truth: (6), (7), and L1 on pixels."""
     image = sr["image"][-1]                                     # (B, 3, H, W)
-    with autocast:
-        l_percp = perceptual(image, hr)
+    with nets.autocast:
+        l_percp = nets.perceptual(image, hr)
     return {"L_percp": l_percp,                                            # (6)
             "L_grad": gradient_loss(sr["gradient"][-1], image_gradient(hr)),    # (7)
             "L_pixel": (image - hr).abs().mean()}
@@ -256,22 +256,12 @@ def gradient_error(made: dict) -> torch.Tensor:
 
 
 def update(optimizer, loss: torch.Tensor):
-    """One step of one player down its loss, averaged over all processes."""
+    """One step of one player down its loss."""
     weights = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     # The loss runs through the other player too: only this one's weights get gradients.
     loss.backward(inputs=weights)
-    if processes() > 1:
-        for weight in weights:
-            dist.all_reduce(weight.grad)  # a sum
-            weight.grad /= processes()
     optimizer.step()
-
-
-def processes() -> int:
-    """How many there are under torchrun; 1 without, or where torch lacks distributed."""
-    together = dist.is_available() and dist.is_initialized()
-    return dist.get_world_size() if together else 1
 
 
 class GraphedStep:
@@ -336,9 +326,12 @@ def decay_at(config, step: int) -> float:
 
 
 class Networks:
-    """G, its average, D_I, D_g and the two optimisers; and what D_I sees through."""
+    """All that a step works with: G, its average, D_I, D_g, VGG-16 and two optimisers.
 
-    def __init__(self, config, device):
+    amp: forward passes in bfloat16. FileNotFoundError where VGG-16 is not to be had.
+    """
+
+    def __init__(self, config, device, amp: bool = False):
         torch.manual_seed(config.seed)
         self.G = Generator(config.size, config.scale, config.z_dim, config.z_shared,
                            config.width, config.blocks, config.hard_consistency)
@@ -353,9 +346,17 @@ class Networks:
         for network in (self.G, self.ema, self.D_I, self.D_g):
             # The layout in which convolutions are fastest.
             network.to(device, memory_format=torch.channels_last)
+        pixels = config.perceptual == "pixels"
+        perceptual = torch.nn.L1Loss() if pixels else PerceptualLoss(config.perceptual)
+        self.perceptual = perceptual.to(device)                 # (6)
+        device_type = torch.device(device).type
+        on_gpu = device_type == "cuda"
+        self.autocast = contextlib.nullcontext()
+        if amp:
+            # A graph must not read weights that were cast before it.
+            self.autocast = torch.autocast(device_type, torch.bfloat16, cache_enabled=not on_gpu)
         # A CUDA graph would repeat a number: what changes stands in tensors.
         self.alpha = torch.tensor(config.alpha, device=device)
-        on_gpu = torch.device(device).type == "cuda"
         # Section 4.1: beta_1 = 0. With momentum each player would overshoot the other.
         options = dict(betas=(0.0, 0.9), fused=device != "meta", capturable=on_gpu)
         self.opt_G = torch.optim.Adam(self.G.parameters(), **options)
@@ -408,47 +409,24 @@ class Networks:
 
 # ---- The loop ------------------------------------------------------------------------
 
-def train(config, arguments, perceptual, faces, valid, content: dict | None = None):
-    """Train until config.steps or Ctrl-C; `content` is the checkpoint to go on from."""
-    nets = Networks(config, arguments.device)
-    start = 0
-    if content:
-        nets.load(content, arguments.resume)
-        start = content["step"]
-    elif arguments.init:
-        nets.start_from(arguments.init)
-    # Under torchrun every process takes its share of each batch, and the first reports.
-    world = processes()
-    rank = dist.get_rank() if world > 1 else 0
-    report = Report(config, arguments, nets, faces, valid, content) if rank == 0 else None
-    device_type = torch.device(arguments.device).type
-    on_gpu = device_type == "cuda"
-    # A graph must not read weights that were cast before it.
-    autocast = torch.autocast(device_type, torch.bfloat16, enabled=arguments.amp,
-                              cache_enabled=not on_gpu)
-    step_once = partial(training_step, nets, config, perceptual, autocast)
-    if on_gpu:
+def train(config, arguments, nets, report, faces, start: int):
+    """Train from step `start` until config.steps or Ctrl-C."""
+    step_once = partial(training_step, nets, config)
+    if nets.alpha.is_cuda:
         torch.cuda.set_device(nets.alpha.device)
         if faces.nbytes < 2 ** 30:
             faces = faces.to(arguments.device)  # once, not a batch at a time
-        if arguments.graph and world == 1:
+        if arguments.graph:
             step_once = GraphedStep(step_once)
 
     for step in range(start, config.steps):
         nets.follow_schedule(config, step)
         hr, z1, z2 = batch_at(faces, config, step, arguments.device)
-        terms = step_once(hr[rank::world], z1[rank::world], z2[rank::world],
-                          kind_of(config, step))
+        terms = step_once(hr, z1, z2, kind_of(config, step))
         nets.update_ema(config.ema, step)
-        stop = report.step_done(step + 1, terms) if report else False
-        if world > 1:
-            answer = torch.tensor(float(stop))  # on the CPU: nobody waits for a GPU
-            dist.broadcast(answer, 0)
-            stop = bool(answer)
-        if stop:
+        if report.step_done(step + 1, terms):
             break
-    if report:
-        report.finish()
+    report.finish()
 
 
 def batch_at(faces: torch.Tensor, config, step: int, device) -> tuple:
@@ -541,8 +519,9 @@ def path_hash(path: Path) -> int:
 class Report:
     """All that happens beside the loop. It reads from the device only when a line is due."""
 
-    def __init__(self, config, arguments, nets: Networks, faces, valid, content):
-        self.out = run_folder(arguments)
+    def __init__(self, config, arguments, nets: Networks, out: Path, faces, valid, content):
+        self.out = out
+        out.mkdir(parents=True, exist_ok=True)
         self.config = config
         self.arguments = arguments
         self.nets = nets
@@ -686,7 +665,6 @@ def run_folder(arguments) -> Path:
     files = ("last.pt", "best.pt", "log.jsonl", "valid.jsonl", "grid.png")
     require(not any((out / file).exists() for file in files),
             f"{out} holds a run already: --resume it, delete it, or name another --out")
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 
@@ -823,22 +801,6 @@ def bfloat16_pays(device: str) -> bool:
     return device == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
-def join_processes(arguments, config):
-    """Under torchrun: become one of several processes, with a GPU and a share of each batch."""
-    # torchrun sets all three; clusters set WORLD_SIZE alone, for other purposes.
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if arguments.device == "cuda" else "gloo")
-    if arguments.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    world = dist.get_world_size()
-    require(config.batch % world == 0, f"batch {config.batch} is no multiple of {world} processes")
-    if dist.get_rank() > 0:  # the first one speaks, and all stop when it does
-        sys.stdout = open(os.devnull, "w")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-
-
 def main(words=None):
     arguments, config, content = prepare(words)
     if not arguments.data and "OMP_NUM_THREADS" not in os.environ:
@@ -846,18 +808,20 @@ def main(words=None):
         torch.set_num_threads(1)
     # Adam warns that it might be replayed by a CUDA graph and, at first, is not.
     warnings.filterwarnings("ignore", message=".*constructed with capturable=True")
-    join_processes(arguments, config)
     print(f"differs from --preset paper in: {differences(config)}")
-    # Before the faces are read, as its weights may be missing.
-    pixels = config.perceptual == "pixels"
-    perceptual = torch.nn.L1Loss() if pixels else PerceptualLoss(config.perceptual)
+    # What can be wrong comes before the faces are read, which may take minutes.
+    nets = Networks(config, arguments.device, arguments.amp)
+    if content:
+        nets.load(content, arguments.resume)
+    elif arguments.init:
+        nets.start_from(arguments.init)
+    out = run_folder(arguments)
     faces, valid = load_faces(arguments, config)
     print(f"{len(faces)} faces of {config.size}x{config.size} to train on, {len(valid)} to "
           f"validate on; {config.steps} steps (--steps for a shorter run), seed {config.seed}, "
           f"{arguments.device}, {'bfloat16' if arguments.amp else 'float32'}")
-    train(config, arguments, perceptual.to(arguments.device), faces, valid, content)
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()  # or gloo's threads can abort an ended process
+    report = Report(config, arguments, nets, out, faces, valid, content)
+    train(config, arguments, nets, report, faces, content["step"] if content else 0)
 
 
 # ---- Clear errors for wrong settings -------------------------------------------------
