@@ -10,11 +10,8 @@
 The faces are invented. They say which pictures fit the small one, never who is in it.
 """
 import os
-import signal
 
 if __name__ == "__main__":
-    # From the first import on, Ctrl-C just ends the program.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Or torch's threads, idle but spinning, stand in the way of a busy program's.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -8,11 +8,8 @@ Into --out go last.pt and best.pt (checkpoints), grid.png (look at it), and the 
 log.jsonl and valid.jsonl, a line of JSON for each row.
 """
 import os
-import signal
 
 if __name__ == "__main__":
-    # Until there is something to save, Ctrl-C just ends the program.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # torch's threads spin while they wait, and beside a busy program stand in each
     # other's way. This must be said before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -23,7 +20,7 @@ import copy
 import json
 import math
 import shlex
-import sys
+import signal
 import time
 import unicodedata
 import warnings
@@ -729,7 +726,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="a column of settings (default: photos with --data, else drawn)")
     run("--device", default="auto",
         help="cpu, cuda, cuda:1, mps, ... (default: a GPU if found)")
-    run("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: if it pays)")
+    run("--amp", action=argparse.BooleanOptionalAction,
+        help="bfloat16 (default: on a CUDA GPU that has it)")
     run("--graph", action=argparse.BooleanOptionalAction, default=True,
         help="on a CUDA GPU, replay the step as a CUDA graph (default: yes)")
     run("--drawn", type=count, help="faces to draw (default: 2000)")
@@ -772,7 +770,9 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
             f"{arguments.resume} is done: raise --steps")
     arguments.device = find_device(arguments.device)
     if arguments.amp is None:
-        arguments.amp = bfloat16_pays(arguments.device)
+        # On a CPU float32, so that all of them compute the same.
+        on_gpu = torch.device(arguments.device).type == "cuda"
+        arguments.amp = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return arguments, config, content
 
 
@@ -789,16 +789,6 @@ def load_run(arguments) -> dict:
     require(known == {*content["run"], *content["config"]},
             f"{path} is of another version: go on with that one")
     return content
-
-
-def bfloat16_pays(device: str) -> bool:
-    """Does this machine compute in bfloat16 so much faster that lost digits are worth it?"""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Without instructions of its own a processor is slower in it. An older torch does
-    # not know what the processor has.
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return device == "cpu" and bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def main(words=None):
