@@ -241,7 +241,7 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 12.75) -> torch.T
     """F of (12): by how many grey levels, beyond eps, the shrunken image misses LR.
 
     image (N, 3, H, W), lr (N, 3, h, w) on 8-bit levels -> (N, 3, h, w), 0 for the true
-    image. In training alone, for D_I: at evaluation lr_psnr asks the same.
+    image. In training alone, for D_I: at evaluation lr_psnr says how well LR is met.
     Needs: quantize, to_levels, from_levels, downscale, scale_between.
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
@@ -685,7 +685,7 @@ class TwoSampleAUC(nn.Module):
     def describe(self, images):
         """One row of features for each image: (N, 14336)."""
         require_images(images, channels=3)
-        rng = torch.Generator().manual_seed(0)  # one image, one number
+        rng = torch.Generator().manual_seed(0)  # the same images, the same number
         rows = []
         for part in images.split(50):
             # Four grey levels hide the traces of JPEG, which only photographs have.

@@ -12,7 +12,7 @@ The faces are invented. They say which pictures fit the small one, never who is 
 import os
 
 if __name__ == "__main__":
-    # Or torch's threads, idle but spinning, stand in the way of a busy program's.
+    # torch's threads, idle but spinning, would stand in the way of a busy program's.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse

@@ -2721,7 +2721,7 @@ def test_both_scripts_run_on_their_own(workplace, tmp_path):
 
 
 def test_a_cpu_computes_in_float32_unless_asked():
-    chosen = [train.prepare(["--device", "cpu", *words])[0].amp
+    chosen = [train.in_bfloat16(train.prepare(["--device", "cpu", *words])[0])
               for words in ([], ["--no-amp"], ["--amp"])]
     assert chosen == [False, False, True]
 

@@ -67,7 +67,7 @@ SETTINGS = [
     ("alpha_decays",     False, False, True,  "4.1",    "alpha decays too, to a hundredth"),
     ("tau",              1.0,   1.0,   1.0,   "open",   "ceiling of L_z (8)"),
     ("l_z_on_image",     False, False, False, "2.2",    "(8) sees the gradient of I, not g"),
-    ("l_z_halvings",     0,     2,     1,     "open",   "how often (8) sees them halved"),
+    ("l_z_halvings",     0,     2,     1,     "open",   "how often halved (8) sees it"),
     ("tie",              0.0,   0.0,   1.0,   "2.3",    "weight of |g - gradient of I|"),
     ("pixel",            0.0,   10.0,  0.0,   "2.3",    "weight of L1 on pixels at z = 0"),
     ("warmup",           0,     3000,  500,   "2.3",    "first steps: G alone, at z = 0"),
@@ -125,7 +125,7 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
     terms = said_by_D(on_real, on_h)
     loss_D = loss_of_both(on_real, on_h)
     if config.beta:
-        # As (10) does for G: photographs keep the weight 1, the reconstruction gets beta.
+        # A weighted mean: beta for the reconstruction, as in (10), 1 for the hallucination.
         F_sr = excess(sr["image"][-1], lr, config.eps)          # (12)  (B, 3, h, w)
         seen_sr = seen_by_D(nets, sr)
         against_sr = loss_of_both(on_real, judge(nets, seen_sr, F_sr))
@@ -159,9 +159,9 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
 
 def warmup_step(nets, config, hr, lr) -> dict:
     """A step of G alone, at z = 0: (10) without L_adv. z means nothing yet."""
-    nothing = torch.zeros(len(lr), nets.G.z_dim, *lr.shape[-2:], device=lr.device)
+    zero = torch.zeros(len(lr), nets.G.z_dim, *lr.shape[-2:], device=lr.device)
     with nets.autocast:
-        sr = nets.G(lr, nothing)
+        sr = nets.G(lr, zero)                                   # (1)
     fit = distances(nets, sr, hr)
     tie = gradient_error(sr)
     recons = reconstruction_loss(fit["L_percp"], fit["L_grad"], 0.0, 0.0, config.gamma)
@@ -231,7 +231,7 @@ def r1_of_both(nets, seen_real: dict, F_real: torch.Tensor) -> torch.Tensor:
 def seen_by_l_z(config, made: dict, level: int) -> torch.Tensor:
     """What (8) wants to differ: g, as printed, or the gradient of the image itself."""
     if config.l_z_on_image:
-        # Of the finest, made smaller: of what a coarser one shows it may keep nothing.
+        # Of the finest, made smaller: later blocks may take back what a coarser one shows.
         factor = 2 ** (len(made["image"]) - 1 - level)
         return image_gradient(downscale(made["image"][-1], factor))
     return made["gradient"][level]
@@ -481,7 +481,7 @@ def draw_faces(random: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def load_faces(arguments, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and validation faces, uint8 (N, 3, size, size); no face is in both."""
+    """Training and validation faces, uint8 (N, 3, size, size); no file is in both."""
     if not arguments.data:
         require(not arguments.val, "--val goes with a folder of photos, not with drawn faces")
         require(config.size / config.scale in (2, 4),
@@ -558,7 +558,7 @@ class Report:
         if due or step == 1 or step % self.arguments.log_every == 0:
             terms = self.means()  # it also keeps NaN out of a checkpoint
             if due:
-                self.save()  # first: the rest may be interrupted, if only by a reader that left
+                self.save()  # first: the rest may be interrupted, if only by a closed pipe
             self.log(terms)
         if due:
             self.validate()
@@ -716,16 +716,13 @@ def build_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("the run").add_argument
     run("--data", type=path_argument, help="a folder of photos (default: drawn faces)")
     run("--val", type=path_argument, help="to validate on (default: 5 %% of --data)")
-    run("--out", type=path_argument,
-        help="folder for results (default: a new one in runs)")
-    run("--resume", type=path_argument,
-        help="go on from this last.pt, in its folder, with its settings")
+    run("--out", type=path_argument, help="folder for results (default: a new one in runs)")
+    run("--resume", type=path_argument, help="go on from this last.pt, with its settings")
     run("--init", type=path_argument,
-        help="start G from this checkpoint's generator, with new discriminators and no warm-up")
+        help="start from this checkpoint's G, with new discriminators and no warm-up")
     run("--preset", choices=list(PRESETS),
         help="a column of settings (default: photos with --data, else drawn)")
-    run("--device", default="auto",
-        help="cpu, cuda, cuda:1, mps, ... (default: a GPU if found)")
+    run("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if found)")
     run("--amp", action=argparse.BooleanOptionalAction,
         help="bfloat16 (default: on a CUDA GPU that has it)")
     run("--graph", action=argparse.BooleanOptionalAction, default=True,
@@ -745,7 +742,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
-    """Arguments, settings, and the checkpoint to resume; what is said goes first."""
+    """Arguments, settings, and the checkpoint to resume. A flag beats preset and checkpoint."""
     arguments = build_parser().parse_args(words)
     content = None
     if arguments.resume:
@@ -769,10 +766,6 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
     require(not content or content["step"] < config.steps,
             f"{arguments.resume} is done: raise --steps")
     arguments.device = find_device(arguments.device)
-    if arguments.amp is None:
-        # On a CPU float32, so that all of them compute the same.
-        on_gpu = torch.device(arguments.device).type == "cuda"
-        arguments.amp = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return arguments, config, content
 
 
@@ -791,6 +784,14 @@ def load_run(arguments) -> dict:
     return content
 
 
+def in_bfloat16(arguments) -> bool:
+    """What --amp says; else yes on a CUDA GPU that has it. All CPUs find the same numbers."""
+    if arguments.amp is not None:
+        return arguments.amp
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def main(words=None):
     arguments, config, content = prepare(words)
     if not arguments.data and "OMP_NUM_THREADS" not in os.environ:
@@ -799,17 +800,18 @@ def main(words=None):
     # Adam warns that it might be replayed by a CUDA graph and, at first, is not.
     warnings.filterwarnings("ignore", message=".*constructed with capturable=True")
     print(f"differs from --preset paper in: {differences(config)}")
-    # What can be wrong comes before the faces are read, which may take minutes.
-    nets = Networks(config, arguments.device, arguments.amp)
+    amp = in_bfloat16(arguments)
+    # Before the faces are read, which may take minutes: weights may be missing.
+    out = run_folder(arguments)
+    nets = Networks(config, arguments.device, amp)
     if content:
         nets.load(content, arguments.resume)
     elif arguments.init:
         nets.start_from(arguments.init)
-    out = run_folder(arguments)
     faces, valid = load_faces(arguments, config)
     print(f"{len(faces)} faces of {config.size}x{config.size} to train on, {len(valid)} to "
           f"validate on; {config.steps} steps (--steps for a shorter run), seed {config.seed}, "
-          f"{arguments.device}, {'bfloat16' if arguments.amp else 'float32'}")
+          f"{arguments.device}, {'bfloat16' if amp else 'float32'}")
     report = Report(config, arguments, nets, out, faces, valid, content)
     train(config, arguments, nets, report, faces, content["step"] if content else 0)
 
