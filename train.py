@@ -785,7 +785,7 @@ def load_run(arguments) -> dict:
 
 
 def in_bfloat16(arguments) -> bool:
-    """What --amp says; else yes on a CUDA GPU that has it. All CPUs find the same numbers."""
+    """What --amp says; else yes on a CUDA GPU that has it. All CPUs compute in float32."""
     if arguments.amp is not None:
         return arguments.amp
     on_gpu = torch.device(arguments.device).type == "cuda"
