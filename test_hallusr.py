@@ -2724,6 +2724,8 @@ def test_a_cpu_computes_in_float32_unless_asked():
     chosen = [train.in_bfloat16(train.prepare(["--device", "cpu", *words])[0])
               for words in ([], ["--no-amp"], ["--amp"])]
     assert chosen == [False, False, True]
+    # A checkpoint keeps the question: another device may answer it otherwise.
+    assert train.prepare(["--device", "cpu"])[0].amp is None
 
 
 def start(script, *words, **options):

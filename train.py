@@ -516,9 +516,8 @@ def path_hash(path: Path) -> int:
 class Report:
     """All that happens beside the loop. It reads from the device only when a line is due."""
 
-    def __init__(self, config, arguments, nets: Networks, out: Path, faces, valid, content):
-        self.out = out
-        out.mkdir(parents=True, exist_ok=True)
+    def __init__(self, config, arguments, nets: Networks, faces, valid, content):
+        self.out = run_folder(arguments)
         self.config = config
         self.arguments = arguments
         self.nets = nets
@@ -662,6 +661,7 @@ def run_folder(arguments) -> Path:
     files = ("last.pt", "best.pt", "log.jsonl", "valid.jsonl", "grid.png")
     require(not any((out / file).exists() for file in files),
             f"{out} holds a run already: --resume it, delete it, or name another --out")
+    out.mkdir(parents=True, exist_ok=True)
     return out
 
 
@@ -802,7 +802,6 @@ def main(words=None):
     print(f"differs from --preset paper in: {differences(config)}")
     amp = in_bfloat16(arguments)
     # Before the faces are read, which may take minutes: weights may be missing.
-    out = run_folder(arguments)
     nets = Networks(config, arguments.device, amp)
     if content:
         nets.load(content, arguments.resume)
@@ -812,7 +811,7 @@ def main(words=None):
     print(f"{len(faces)} faces of {config.size}x{config.size} to train on, {len(valid)} to "
           f"validate on; {config.steps} steps (--steps for a shorter run), seed {config.seed}, "
           f"{arguments.device}, {'bfloat16' if amp else 'float32'}")
-    report = Report(config, arguments, nets, out, faces, valid, content)
+    report = Report(config, arguments, nets, faces, valid, content)
     train(config, arguments, nets, report, faces, content["step"] if content else 0)
 
 
