@@ -180,6 +180,22 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
     return (moved / apart).clamp(max=tau).mean()                # (8)
 
 
+def energy_score(a, b, truth) -> torch.Tensor:
+    """Two samples' mean distance to the truth, less half of theirs: not in the paper.
+
+    a, b, truth (N, C, H, W), images or features of them -> scalar, to be minimised: over
+    many truths it is least where samples differ as truths do (Gneiting and Raftery 2007).
+    """
+    require_same(a, b, "two samples")
+    require_same(a, truth, "a sample and the truth")
+
+    def distance(p, q):
+        # The channels at one place are one vector. The 1e-6 gives the root a slope at 0.
+        return ((p - q).square().mean(1) + 1e-6).sqrt().mean()
+    # Never below 0: a ruin is as far from the truth as from the other sample. (8) pays it.
+    return (distance(a, truth) + distance(b, truth) - distance(a, b)) / 2
+
+
 def project_onto_lr(image: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
     """(9) with eps = 0, by construction: the closest image that shrinks to lr.
 
@@ -358,9 +374,8 @@ class Generator(nn.Module):
     """G of (1) and (2): LR and z to an image and its gradient (Fig. 2).
 
     forward(lr (N, 3, h, w) in [-1, 1], z (N, z_dim, h, w)) returns lists, coarse to
-    fine: {"image": [(N, 3, 2h, 2w), ..., (N, 3, H, W)], "gradient": the same}, or the
-    first `resolutions` of them. They are unbounded. Any LR size goes in: `size` and
-    `z_shared` say what it is trained for.
+    fine: {"image": [(N, 3, 2h, 2w), ..., (N, 3, H, W)], "gradient": the same}. They are
+    unbounded. Any LR size goes in: `size` and `z_shared` say what it is trained for.
     Needs: ResidualBlock, UpBlock, output_head, conv3x3, near_zero, activation,
     channels_at, image_gradient, project_onto_lr, downscale, upscale_nearest,
     scale_between.
@@ -387,7 +402,7 @@ class Generator(nn.Module):
         self.up_blocks = nn.ModuleList(
             UpBlock(more, fewer) for more, fewer in zip(channels, channels[1:]))
 
-    def forward(self, lr, z, resolutions=None):
+    def forward(self, lr, z):
         require_images(lr, "lr", channels=3)
         expected = (lr.shape[0], self.z_dim, *lr.shape[-2:])
         require(z.shape == expected, f"z must have shape {expected}, got {tuple(z.shape)}")
@@ -399,7 +414,7 @@ class Generator(nn.Module):
         image = lr                                              # (N, 3, h, w)
         gradient = image_gradient(lr)                           # (N, 3, h, w)
         made = {"image": [], "gradient": []}
-        for up_block in self.up_blocks[:resolutions]:
+        for up_block in self.up_blocks:
             features, image, gradient = up_block(features, image, gradient)
             if self.hard_consistency:
                 # Not in the paper: DS(image) = LR at once, so F has nothing to teach.

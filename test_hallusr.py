@@ -171,6 +171,7 @@ CALLS = {
     "gradient_loss": lambda m, _: m.gradient_loss(X, X),
     "draw_z": lambda m, _: m.draw_z((5, 4, 4), 0.5, torch.Generator()),
     "diversity_loss": lambda m, _: m.diversity_loss(X, X, LR, LR),
+    "energy_score": lambda m, _: m.energy_score(X, X + 1, X),
     "project_onto_lr": lambda m, _: m.project_onto_lr(X, LR),
     "discriminator_loss": lambda m, _: m.discriminator_loss(X, X),
     "generator_loss": lambda m, _: m.generator_loss(X),
@@ -333,6 +334,7 @@ class AsModule(torch.nn.Module):
     (lambda: Generator(**G4, hard_consistency=True), [(3, 4, 4), (5, 4, 4)]),
     (lambda: hallusr.excess, [(3, 16, 16), (3, 4, 4)]),
     (lambda: hallusr.diversity_loss, [(3, 8, 8), (3, 8, 8), (5, 4, 4), (5, 4, 4)]),
+    (lambda: hallusr.energy_score, [(3, 8, 8)] * 3),
     (lambda: hallusr.pyramid, [(3, 8, 8)]),
     pytest.param(PerceptualLoss, [(3, 8, 8), (3, 8, 8)], marks=needs_vgg),
     pytest.param(LPIPS, [(3, 32, 32), (3, 32, 32)], marks=needs_lpips)])
@@ -350,14 +352,6 @@ def test_an_exported_discriminator_takes_any_batch():
     inputs = [([images(n, 3, 8, 8), images(n, 3, 16, 16)], images(n, 3, 4, 4)) for n in (2, 5)]
     exported = torch.export.export(D, inputs[0], dynamic_shapes=([batch, batch], batch)).module()
     torch.testing.assert_close(exported(*inputs[1]), D(*inputs[1]))
-
-
-def test_a_generator_may_stop_at_a_coarse_resolution():
-    G, lr, z = Generator(**G4), levels(1, 3, 4, 4), torch.randn(1, 5, 4, 4)
-    whole, coarse = G(lr, z), G(lr, z, resolutions=1)
-    for domain in whole:
-        assert len(whole[domain]) == 2 and len(coarse[domain]) == 1
-        assert torch.equal(whole[domain][0], coarse[domain][0])
 
 
 def test_z_changes_every_pixel_block_of_the_image():
@@ -489,6 +483,32 @@ def test_diversity_loss_by_hand_and_its_direction():
     assert hallusr.diversity_loss(g1, g2, z1, z2, 1.0).item() == pytest.approx(expected, rel=1e-4)
     direction = slope(lambda g: hallusr.diversity_loss(g1, g, z1, z2), g2)
     assert (direction[0] > 0).all() and (direction[1] == 0).all()  # further apart is more
+
+
+def test_energy_score_by_hand_and_its_direction():
+    truth = torch.zeros(1, 2, 1, 2)
+    a = torch.tensor([[3.0, 0.0], [4.0, 0.0]]).view(1, 2, 1, 2)  # 3, 4 at one place, 0 beside
+    b = torch.tensor([[3.0, 0.0], [4.0, 1.0]]).view(1, 2, 1, 2)
+    root = 2 ** 0.5
+    near = (5 / root / 2 + (5 / root + 1 / root) / 2) / 2  # a mean over two places each
+    apart = 1 / root / 2
+    expected = near - apart / 2
+    assert hallusr.energy_score(a, b, truth).item() == pytest.approx(expected, abs=2e-3)
+    outwards = slope(lambda x: hallusr.energy_score(x, b, truth), a)
+    assert outwards[0, 1, 0, 0] > 0  # where both are off, less is better
+    both = torch.zeros(1, 1, 1, 1)
+    alike = slope(lambda x: hallusr.energy_score(x, both + 1, both), both + 0.9)
+    assert alike.item() > 0  # towards the truth, and away from the other
+    assert slope(lambda x: hallusr.energy_score(x, both, both), both).isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0])
+def test_energy_score_of_gaussians_against_its_closed_form(scale):
+    # E|X - Y| of two Gaussians of variances s² and 1 is sqrt(2 (s² + 1) / pi).
+    a, b, truth = torch.randn(3, 100_000, 1, 1, 1)
+    found = hallusr.energy_score(scale * a, scale * b, truth).item()
+    expected = (2 * (scale ** 2 + 1) / math.pi) ** 0.5 - scale / math.pi ** 0.5
+    assert found == pytest.approx(expected, abs=0.01)  # least at 1, where samples are as truths
 
 
 def test_adversarial_pair_against_sigmoids():
@@ -1010,7 +1030,7 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: train.check_config(tiny(scale=6)), "power of two.*6"),
     (lambda: train.check_config(tiny(width=0)), "width must be 1 or more, got 0"),
     (lambda: train.check_config(tiny(size=62)), "multiple of scale 4, got 62"),
-    (lambda: train.check_config(tiny(l_z_halvings=-1)), "l_z_halvings must be 0 or more, got -1"),
+    (lambda: train.check_config(tiny(energy=-1.0)), "energy must be 0 or more, got -1"),
     (lambda: Discriminator(3, 32, 1, 3, True), "too few layers for scale 32"),
     (lambda: train.check_config(tiny(learning_rate_g=math.nan)),
      "learning_rate_g must be 0 or more, got nan"),
@@ -1408,14 +1428,18 @@ def bare_copies(nets):
     return copies
 
 
-def pairs_apart(h1, h2, z1, z2, level, on_image):
+def pairs_apart(h1, h2, z1, z2):
     """(8) before its ceiling and mean: one number for each pair."""
-    g1, g2 = [x["gradient"][level] for x in (h1, h2)]
-    if on_image:
-        g1, g2 = [hallusr.image_gradient(fn.avg_pool2d(x["image"][-1], 2 if level == 0 else 1))
-                  for x in (h1, h2)]
     return torch.stack([(a - b).abs().mean() / ((y - z).abs().mean() + 1e-5)
-                        for a, b, y, z in zip(g1, g2, z1, z2)])
+                        for a, b, y, z in zip(h1["gradient"][-1], h2["gradient"][-1], z1, z2)])
+
+
+def energy(truth, one, two):
+    """The energy score of vectors of channels, in deviations of the truth."""
+    def distance(a, b):
+        return ((a - b) ** 2).mean(1).add(1e-6).pow(0.5).mean()
+    near = (distance(one, truth) + distance(two, truth)) / 2
+    return (near - distance(one, two) / 2) / truth.std()
 
 
 def assert_left(module, gradients):
@@ -1435,15 +1459,12 @@ def share_won(real, fake):
 
 @pytest.mark.parametrize("step, every, times", [(5, 1, 1), (7, 1, 1), (8, 4, 4), (7, 4, 0),
                                                 (4, 1, None)])  # the last is of the warm-up
-@pytest.mark.parametrize("beta, halvings, decays, features, on_image", [
-    (0.5, 0, False, False, False), (0.0, 1, True, False, True), (0.5, 5, False, True, False)])
-def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta, halvings, decays,
-                                                       features, on_image, random_weights):
-    config = tiny(gamma=2.0, beta=beta, alpha=3.0, tie=3.0, pixel=5.0, eps=0.3, warmup=5,
+@pytest.mark.parametrize("beta, features", [(0.5, False), (0.0, False), (0.5, True)])
+def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta, features,
+                                                       random_weights):
+    config = tiny(gamma=2.0, beta=beta, alpha=3.0, energy=4.0, pixel=5.0, eps=0.3, warmup=5,
                   r1_gamma=6.0, r1_every=every, learning_rate_g=1e-30, learning_rate_d=1e-3,
-                  l_z_halvings=halvings, alpha_decays=decays, steps=10, decay=0.5,
-                  d_features=features, l_z_on_image=on_image)
-    alpha = 3 * {4: 1, 5: 1, 7: 0.1 ** 0.8, 8: 0.1 ** 1.2}[step] if decays else 3
+                  steps=10, d_features=features)
     kind = {None: "warm-up", 0: "plain"}.get(times, "with R1")
     nets, playing, edges = train.Networks(config, "cpu"), times is not None, hallusr.image_gradient
     nets.follow_schedule(config, step)
@@ -1454,7 +1475,7 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
     assert all((x > 0).any() for x in F)
     real = {"image": [hallusr.downscale(hr, 2), hr]}
     real["gradient"] = [edges(picture) for picture in real["image"]]
-    l_z = pairs_apart(h1, h2, z1, z2, -1 if halvings == 0 else 0, on_image)  # coarser first
+    l_z = pairs_apart(h1, h2, z1, z2)
     config = replace(config, tau=l_z.mean().item())  # one of the two is cut
     vgg = partial(with_layers_of_vgg, nets.phi.features) if features else list
     shown = {"image": vgg, "gradient": list}
@@ -1489,11 +1510,12 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
     pixels = (sr["image"][-1] - hr).abs().mean()  # perceptual="pixels": (6) is the same
     loss = 2 * pixels + 5 * pixels
     loss = loss + 2 * (sr["gradient"][-1] - real["gradient"][-1]).abs().mean()
-    ties = [(x["gradient"][-1] - edges(x["image"][-1])).abs().mean() for x in (sr, h1)]
-    loss = loss + 3 * (sum(ties) / 2 if playing else ties[0])
     if playing:
-        loss = loss + beta * adversarial(sr, 0)                                     # (10)
-        loss = loss + adversarial(h1, 1) - alpha * l_z.clamp(max=config.tau).mean()  # (11)
+        loss = loss + beta * adversarial(sr, 0)                                 # (10)
+        loss = loss + adversarial(h1, 1) - 3 * l_z.clamp(max=config.tau).mean()  # (11)
+        scores = [energy(*seen) for domain in Ds for seen in
+                  zip(*(shown[domain](x[domain]) for x in (real, h1, h2)))]
+        loss = loss + 4 * sum(scores) / 4  # two domains at two resolutions
         torch.testing.assert_close(terms["L_z"], l_z.clamp(max=config.tau).mean())
     assert_left(nets.G, torch.autograd.grad(loss, list(nets.G.parameters())))
 
@@ -1606,10 +1628,10 @@ def test_a_small_face_hides_where_the_eyes_look_and_nothing_else(size):
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_opposite_gazes_are_equally_far_apart_for_l_z(size):
+def test_opposite_gazes_are_equally_far_apart(size):
     faces = train.possibilities(20, size).flatten(0, 1)
     seen = hallusr.image_gradient(fn.avg_pool2d(faces, size // 16)).unflatten(0, (16, 20))
-    apart = (seen[:8] - seen[8:]).abs().mean((1, 2, 3, 4))
+    apart = (seen[:8] - seen[8:]).square().mean(2).sqrt().mean((1, 2, 3))
     middle = (apart.min() + apart.max()) / 2
     assert ((apart - middle).abs() < 0.1 * middle).all() and middle > 0.05
 
@@ -1677,8 +1699,7 @@ def test_it_learns_a_batch_by_heart(tmp_path):
                  "--size", "32", "--batch", "4",
                  "--steps", "200", "--width", "8", "--val-every", "200",
                  "--log-every", "50", "--learning-rate-g", "2e-3", "--learning-rate-d", "2e-3",
-                 "--ema", "0.9",
-                 "--alpha", "1", "--tau", "0.08", "--l-z-halvings", "0")
+                 "--ema", "0.9")
     row = table(tmp_path / "run/valid.jsonl")[-1]
     assert row["SR_psnr"] > row["bicubic_psnr"] + 2
     assert row["hallucination_pixel_std"] > 0.5
@@ -1851,10 +1872,10 @@ def one_step(nets, config, device, step):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(d_features=True, hard_consistency=True, beta=0.0,
-                                              l_z_on_image=True, alpha_decays=True, decay=1.0)])
+                                              energy=1.0, decay=1.0)])
 def test_an_update_neither_waits_for_the_device_nor_mixes_devices(changes, random_weights):
     # On the meta device a value that is asked for, or a tensor of another device, is an error.
-    config = tiny(warmup=1, r1_every=2, tie=1.0, pixel=1.0, **changes)
+    config = tiny(warmup=1, r1_every=2, pixel=1.0, **changes)
     nets = train.Networks(config, "meta")
     assert [train.kind_of(config, step) for step in range(3)] == ["warm-up", "plain", "with R1"]
     for step in range(3):
@@ -1868,28 +1889,26 @@ def test_an_update_neither_waits_for_the_device_nor_mixes_devices(changes, rando
             ask()
 
 
-def test_rates_and_alpha_reach_the_step_through_tensors_that_stay():
+def test_rates_reach_the_step_through_tensors_that_stay():
     # As on a GPU; the plain numbers beside them are computed here.
-    config = tiny(steps=4, decay=1.0, alpha=3.0, alpha_decays=True, tau=100.0, beta=0.0,
+    config = tiny(steps=4, decay=1.0, alpha=3.0, tau=100.0, beta=0.0,
                   learning_rate_g=1e-3, learning_rate_d=2e-3)
     by_tensor, by_number = train.Networks(config, "cpu"), train.Networks(config, "cpu")
     optimizers = [by_tensor.opt_G, by_tensor.opt_D]
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = torch.zeros((), dtype=torch.float64)
-    places = [optimizer.param_groups[0]["lr"] for optimizer in optimizers] + [by_tensor.alpha]
+    places = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     pointers = [place.data_ptr() for place in places]
     batch = levels(2, 3, 16, 16), *torch.randn(2, 2, 5, 4, 4)
     for step, factor in ((1, 0.1 ** 0.25), (3, 0.1 ** 0.75)):
         by_tensor.follow_schedule(config, step)
         by_number.opt_G.param_groups[0]["lr"] = 1e-3 * factor
         by_number.opt_D.param_groups[0]["lr"] = 2e-3 * factor
-        by_number.alpha = 3.0 * factor ** 2
         for nets in (by_tensor, by_number):
             train.training_step(nets, config, *batch, "with R1")
-    found = [optimizer.param_groups[0]["lr"] for optimizer in optimizers] + [by_tensor.alpha]
+    found = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     assert [place.data_ptr() for place in found] == pointers
-    assert [place.item() for place in found] == pytest.approx(
-        [1e-3 * factor, 2e-3 * factor, 3 * factor ** 2])
+    assert [place.item() for place in found] == pytest.approx([1e-3 * factor, 2e-3 * factor])
     fresh = train.Networks(config, "cpu")
     for name in ("G", "D_I", "D_g"):
         for new, other, old in zip(*(getattr(nets, name).parameters()
@@ -1944,8 +1963,7 @@ class GraphsOnTheCPU:
 
 @pytest.mark.parametrize("fails", [(), ("with R1",)])
 def test_a_graph_of_each_kind_of_step_is_recorded_and_replayed(fails, monkeypatch, capsys):
-    config = tiny(warmup=5, r1_every=2, steps=15, decay=0.5, alpha_decays=True,
-                  learning_rate_g=1e-3)
+    config = tiny(warmup=5, r1_every=2, steps=15, decay=0.5, learning_rate_g=1e-3)
     faces = torch.randint(0, 256, (9, 3, 16, 16)).byte()
     plain, graphed = train.Networks(config, "cpu"), train.Networks(config, "cpu")
     graphs = GraphsOnTheCPU(partial(train.training_step, graphed, config), monkeypatch, fails)
@@ -2102,19 +2120,15 @@ def test_a_run_stays_on_the_gpu_that_it_was_given(tmp_path, capsys):
     assert torch.load(tmp_path / "last.pt")["G"]["first_conv.weight"].device.index == 1
 
 
-@pytest.mark.parametrize("alpha_decays", [False, True])
-def test_rates_decay_to_a_tenth_at_the_end_and_alpha_to_a_hundredth(alpha_decays):
-    config = tiny(learning_rate_g=1.0, learning_rate_d=2.0, decay=0.4, steps=100, alpha=3.0,
-                  alpha_decays=alpha_decays)
-    nets, rates, alphas = train.Networks(config, "cpu"), [], []
+def test_rates_decay_to_a_tenth_at_the_end():
+    config = tiny(learning_rate_g=1.0, learning_rate_d=2.0, decay=0.4, steps=100)
+    nets, rates = train.Networks(config, "cpu"), []
     for step in (0, 60, 80, 100):
         nets.follow_schedule(config, step)
         rates.append([opt.param_groups[0]["lr"] for opt in (nets.opt_G, nets.opt_D)])
-        alphas.append(nets.alpha.item())
     assert rates[0] == rates[1] == [1.0, 2.0]
     assert rates[2] == pytest.approx([0.1 ** 0.5, 2 * 0.1 ** 0.5])
     assert rates[3] == pytest.approx([0.1, 0.2])
-    assert alphas == pytest.approx([3.0, 3.0, 0.3, 0.03] if alpha_decays else [3.0] * 4)
 
 
 def test_samples_are_of_z_0_and_of_noise_as_the_model_knows_it(tmp_path):
@@ -2578,7 +2592,7 @@ def settings_of(words):
 
 def test_the_paper_preset_has_the_papers_numbers():
     paper = dict(scale=8, blocks=8, d_blocks=8, gamma=10.0, beta=0.1, alpha=1.0, eps=0.1 * 127.5,
-                 tie=0.0, pixel=0.0, warmup=0, r1_every=1, learning_rate_g=1e-4, decay=0.0, batch=8,
+                 energy=0.0, pixel=0.0, warmup=0, r1_every=1, learning_rate_g=1e-4, decay=0.0, batch=8,
                  z_shared=1.0, hard_consistency=False)
     config = settings_of("--data photos --preset paper")
     assert {name: getattr(config, name) for name in paper} == pytest.approx(paper)
@@ -2591,10 +2605,10 @@ def test_a_preset_is_a_column_and_every_setting_a_flag(capsys):
     for name, *values, section, meaning in train.SETTINGS:
         assert len({type(value) for value in values}) == 1, name
         assert re.match(r"open|[234](\.\d)?|Fig\. \d|\(\d+\)", section) and meaning, name
-    config = settings_of("--data x --tie 0.5 --no-hard-consistency --width 9 --perceptual relu1_2")
-    assert (config.tie, config.hard_consistency, config.width) == (0.5, False, 9)
+    config = settings_of("--data x --energy 0.5 --no-hard-consistency --width 9 --perceptual relu1_2")
+    assert (config.energy, config.hard_consistency, config.width) == (0.5, False, 9)
     assert (config.perceptual, config.learning_rate_g) == ("relu1_2", 5e-4)
-    assert settings_of("--data x --tie 0").tie == 0
+    assert settings_of("--data x --energy 0").energy == 0
     with pytest.raises(SystemExit) as ended:
         train.prepare(["--help"])
     assert ended.value.code == 0 and "--z-shared" in capsys.readouterr().out

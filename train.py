@@ -36,10 +36,10 @@ from torchvision.utils import save_image
 
 from hallusr import (VGG_LAYERS, Discriminator, Generator, PerceptualLoss, beside_features,
                      check_architecture, discriminator_loss, diversity_loss, downscale, draw_z,
-                     excess, from_levels, generator_loss, gradient_loss, hallucination_loss,
-                     image_gradient, load_checkpoint, load_generator, load_weights, pyramid,
-                     quantize, r1_penalty, reconstruction_loss, require, sample,
-                     save_checkpoint, to_levels)
+                     energy_score, excess, from_levels, generator_loss, gradient_loss,
+                     hallucination_loss, image_gradient, load_checkpoint, load_generator,
+                     load_weights, pyramid, quantize, r1_penalty, reconstruction_loss, require,
+                     sample, save_checkpoint, to_levels)
 from sample import (contact_sheet, count, evaluate, evenly, find_device, list_photos,
                     metrics_against, path_argument, read_photos, run_as_script, summarize)
 
@@ -58,17 +58,14 @@ SETTINGS = [
     ("z_dim",            64,    4,     4,     "open",   "numbers in z"),
     ("z_shared",         1.0,   0.7,   1.0,   "2",      "z from one vector (1) to a map (0)"),
     ("hard_consistency", False, True,  True,  "(9)",    "make DS(image) = LR inside G"),
-    ("d_features",       False, False, False, "3.2",    "D_I sees VGG-16's features too"),
+    ("d_features",       False, True,  False, "3.2",    "D_I sees VGG-16's features too"),
     ("eps",              12.75, 12.75, 12.75, "4.2",    "F ignores so many grey levels"),
     ("perceptual",       "relu2_2", "relu3_3", "pixels", "open", "VGG-16 layer of (6), or pixels"),
     ("gamma",            10.0,  2.0,   5.0,   "4.1",    "weight of (6) and (7) in (10)"),
-    ("beta",             0.1,   0.1,   0.0,   "4.1",    "weight of z = 0 in both players' L_adv"),
-    ("alpha",            1.0,   4.0,   4.0,   "4.1",    "weight of L_z (8) in (11)"),
-    ("alpha_decays",     False, False, True,  "4.1",    "alpha decays too, to a hundredth"),
+    ("beta",             0.1,   0.0,   0.0,   "4.1",    "weight of z = 0 in both players' L_adv"),
+    ("alpha",            1.0,   0.0,   0.0,   "4.1",    "weight of L_z (8) in (11)"),
     ("tau",              1.0,   1.0,   1.0,   "open",   "ceiling of L_z (8)"),
-    ("l_z_on_image",     False, False, False, "2.2",    "(8) sees the gradient of I, not g"),
-    ("l_z_halvings",     0,     2,     1,     "open",   "how often halved (8) sees it"),
-    ("tie",              0.0,   0.0,   1.0,   "2.3",    "weight of |g - gradient of I|"),
+    ("energy",           0.0,   30.0,  10.0,  "2.3",    "weight of the energy score"),
     ("pixel",            0.0,   10.0,  0.0,   "2.3",    "weight of L1 on pixels at z = 0"),
     ("warmup",           0,     3000,  500,   "2.3",    "first steps: G alone, at z = 0"),
     ("r1_gamma",         10.0,  1.0,   10.0,  "open",   "weight of R1, not (10)'s gamma"),
@@ -108,16 +105,15 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
 
     images = pyramid(hr, len(nets.G.up_blocks))
     real = {"image": images, "gradient": [image_gradient(image) for image in images]}
-    level = max(0, len(images) - 1 - config.l_z_halvings)  # where (8) looks
-    # Each is {"image", "gradient"}: lists, coarse to fine, to (B, 3, H, W); h2 ends early.
+    # Each is {"image", "gradient"}: lists, coarse to fine, to (B, 3, H, W).
     with nets.autocast:
         sr = nets.G(lr, torch.zeros_like(z1))                   # (1)
         h1 = nets.G(lr, z1)                                     # (2)
-        h2 = nets.G(lr, z2, None if config.l_z_on_image else level + 1)  # (2)
+        h2 = nets.G(lr, z2)                                     # (2)
     F_h = excess(h1["image"][-1], lr, config.eps)               # (12)  (B, 3, h, w)
     F_real = torch.zeros_like(F_h)  # a photograph shrinks to its own LR exactly
 
-    # D step: tell photographs from hallucinations. z2 serves (8) alone.
+    # D step: tell photographs from hallucinations. D never sees z2's.
     seen_real = seen_by_D(nets, real)
     seen_h = seen_by_D(nets, h1)
     on_real = judge(nets, seen_real, F_real)
@@ -138,10 +134,9 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
 
     # G step: ask the D just improved again.
     on_h = judge(nets, seen_h, F_h)
-    l_z = diversity_loss(seen_by_l_z(config, h1, level), seen_by_l_z(config, h2, level),
-                         z1, z2, config.tau)                    # (8)
+    l_z = diversity_loss(h1["gradient"][-1], h2["gradient"][-1], z1, z2, config.tau)  # (8)
     halluc = hallucination_loss(generator_loss(on_h["gradient"]),
-                                generator_loss(on_h["image"]), l_z, nets.alpha)  # (11)
+                                generator_loss(on_h["image"]), l_z, config.alpha)  # (11)
     adv_g = adv_i = 0.0
     if config.beta:
         on_sr = judge(nets, seen_sr, F_sr)
@@ -150,11 +145,11 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
     fit = distances(nets, sr, hr)
     recons = reconstruction_loss(fit["L_percp"], fit["L_grad"], adv_g, adv_i,
                                  config.gamma, config.beta)     # (10)
-    tie = (gradient_error(sr) + gradient_error(h1)) / 2
-    extra = config.pixel * fit["L_pixel"] + config.tie * tie    # not in the paper
+    energy = mean_energy(seen_real, seen_h, seen_by_D(nets, h2))
+    extra = config.pixel * fit["L_pixel"] + config.energy * energy  # not in the paper
     update(nets.opt_G, recons + halluc + extra)
     moved = 127.5 * (h1["image"][-1] - sr["image"][-1]).abs()   # grey levels
-    return means(terms | fit | {"L_z": l_z, "tie": tie, "F": F_h, "image_moves": moved})
+    return means(terms | fit | {"L_z": l_z, "energy": energy, "F": F_h, "image_moves": moved})
 
 
 def warmup_step(nets, config, hr, lr) -> dict:
@@ -163,10 +158,9 @@ def warmup_step(nets, config, hr, lr) -> dict:
     with nets.autocast:
         sr = nets.G(lr, zero)                                   # (1)
     fit = distances(nets, sr, hr)
-    tie = gradient_error(sr)
     recons = reconstruction_loss(fit["L_percp"], fit["L_grad"], 0.0, 0.0, config.gamma)
-    update(nets.opt_G, recons + config.pixel * fit["L_pixel"] + config.tie * tie)
-    return means(fit | {"tie": tie})
+    update(nets.opt_G, recons + config.pixel * fit["L_pixel"])
+    return means(fit)
 
 
 def means(terms: dict) -> dict:
@@ -228,13 +222,14 @@ def r1_of_both(nets, seen_real: dict, F_real: torch.Tensor) -> torch.Tensor:
     return of_D_I + of_D_g
 
 
-def seen_by_l_z(config, made: dict, level: int) -> torch.Tensor:
-    """What (8) wants to differ: g, as printed, or the gradient of the image itself."""
-    if config.l_z_on_image:
-        # Of the finest, made smaller: later blocks may take back what a coarser one shows.
-        factor = 2 ** (len(made["image"]) - 1 - level)
-        return image_gradient(downscale(made["image"][-1], factor))
-    return made["gradient"][level]
+def mean_energy(real: dict, one: dict, two: dict) -> torch.Tensor:
+    """The energy score, a mean over all that the discriminators see."""
+    scores = []
+    for domain in real:
+        for truth, a, b in zip(real[domain], one[domain], two[domain]):
+            # In deviations: VGG-16's features are larger than edges. Plain faces have none.
+            scores.append(energy_score(a, b, truth) / truth.std().clamp(min=0.01))
+    return torch.stack(scores).mean()
 
 
 def distances(nets, sr: dict, hr) -> dict:
@@ -245,11 +240,6 @@ def distances(nets, sr: dict, hr) -> dict:
     return {"L_percp": l_percp,                                            # (6)
             "L_grad": gradient_loss(sr["gradient"][-1], image_gradient(hr)),    # (7)
             "L_pixel": (image - hr).abs().mean()}
-
-
-def gradient_error(made: dict) -> torch.Tensor:
-    """How far G's gradient output is from the gradient of its own image."""
-    return gradient_loss(made["gradient"][-1], image_gradient(made["image"][-1]))
 
 
 def update(optimizer, loss: torch.Tensor):
@@ -352,20 +342,19 @@ class Networks:
         if amp:
             # A graph must not read weights that were cast before it.
             self.autocast = torch.autocast(device_type, torch.bfloat16, cache_enabled=not on_gpu)
-        # A CUDA graph would repeat a number: what changes stands in tensors.
-        self.alpha = torch.tensor(config.alpha, device=device)
         # Section 4.1: beta_1 = 0. With momentum each player would overshoot the other.
         options = dict(betas=(0.0, 0.9), fused=device != "meta", capturable=on_gpu)
         self.opt_G = torch.optim.Adam(self.G.parameters(), **options)
         both = [*self.D_I.parameters(), *self.D_g.parameters()]
         self.opt_D = torch.optim.Adam(both, **options)
         if on_gpu:
+            # A CUDA graph would repeat a number: what changes stands in tensors.
             for optimizer in (self.opt_G, self.opt_D):
                 optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)
         self.follow_schedule(config, 0)
 
     def follow_schedule(self, config, step: int):
-        """The learning rates and alpha of this step."""
+        """The learning rates of this step."""
         factor = decay_at(config, step)
         rates = ((self.opt_G, config.learning_rate_g), (self.opt_D, config.learning_rate_d))
         for optimizer, rate in rates:
@@ -374,9 +363,6 @@ class Networks:
                 group["lr"].fill_(factor * rate)
             else:
                 group["lr"] = factor * rate
-        if config.alpha_decays:
-            # Once z acts, L_z has done its work: what it pays for later is noise.
-            self.alpha.fill_(config.alpha * factor ** 2)
 
     def update_ema(self, decay: float, step: int):
         """The running average follows G: faster at first, to forget the poor first weights."""
@@ -409,16 +395,17 @@ class Networks:
 def train(config, arguments, nets, report, faces, start: int):
     """Train from step `start` until config.steps or Ctrl-C."""
     step_once = partial(training_step, nets, config)
-    if nets.alpha.is_cuda:
-        torch.cuda.set_device(nets.alpha.device)
+    device = next(nets.G.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
         if faces.nbytes < 2 ** 30:
-            faces = faces.to(arguments.device)  # once, not a batch at a time
+            faces = faces.to(device)  # once, not a batch at a time
         if arguments.graph:
             step_once = GraphedStep(step_once)
 
     for step in range(start, config.steps):
         nets.follow_schedule(config, step)
-        hr, z1, z2 = batch_at(faces, config, step, arguments.device)
+        hr, z1, z2 = batch_at(faces, config, step, device)
         terms = step_once(hr, z1, z2, kind_of(config, step))
         nets.update_ema(config.ema, step)
         if report.step_done(step + 1, terms):
