@@ -1833,7 +1833,7 @@ def test_a_clock_that_stands_still_is_no_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step, warmup, minutes", [
-    (2, 4, "1.0 min left, warm-up  L_percp"),   # 3 s a step: 2 such, and 6 of thrice as long
+    (2, 4, "1.3 min left, warm-up  L_percp"),   # 3 s a step: 2 such, and 6 four times as long
     (4, 4, "0.3 min left  L_percp"), (6, 4, "0.2 min left  L_percp"),
     (2, 20, "0.4 min left, warm-up  L_percp")])  # 8 such, and then it ends
 def test_the_time_left_reckons_with_the_end_of_the_warm_up(step, warmup, minutes, monkeypatch,

@@ -567,10 +567,10 @@ class Report:
         """One line and one row."""
         seconds = max(time.perf_counter() - self.since, 1e-6)  # a coarse clock may stand still
         images_per_s = self.count * self.config.batch / seconds
-        # A step takes about three times as long once the discriminators play.
+        # A step takes about four times as long once the discriminators play.
         warmup = max(0, min(self.config.warmup, self.config.steps) - self.step)
         later = self.config.steps - self.step - warmup
-        minutes = seconds / self.count * (warmup + (3 * later if warmup else later)) / 60
+        minutes = seconds / self.count * (warmup + (4 * later if warmup else later)) / 60
         text = "".join(f"  {name} {value:.3g}" for name, value in terms.items())
         when = f"about {minutes:.1f} min left" + (", warm-up" if warmup else "")
         print(f"step {self.step}  {images_per_s:.1f} images/s  {when}{text}")
