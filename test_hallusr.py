@@ -43,7 +43,7 @@ G4 = dict(size=16, scale=4, z_dim=5, width=3, blocks=1)
 TINY = dict(**G4, d_blocks=1, batch=2, perceptual="pixels")
 TINY_FLAGS = ("--size 16 --scale 4 --z-dim 5 --width 3 --blocks 1 --d-blocks 1 --batch 2 "
               "--steps 2 --warmup 0 --perceptual pixels --log-every 1 --val-every 2 --val-faces 4 "
-              "--drawn 20 --device cpu --no-amp --decay 0")
+              "--drawn 20 --device cpu --no-amp --decay 0 --no-d-features")
 CACHE = Path(torch.hub.get_dir()) / "checkpoints"
 HAS_LPIPS = all((CACHE / name).is_file() for name in ("alexnet-owt-7be5be79.pth", LPIPS.FILE))
 needs_lpips = pytest.mark.skipif(not HAS_LPIPS, reason="LPIPS weights are not in TORCH_HOME")
@@ -1699,7 +1699,7 @@ def test_it_learns_a_batch_by_heart(tmp_path):
                  "--size", "32", "--batch", "4",
                  "--steps", "200", "--width", "8", "--val-every", "200",
                  "--log-every", "50", "--learning-rate-g", "2e-3", "--learning-rate-d", "2e-3",
-                 "--ema", "0.9")
+                 "--ema", "0.9", "--energy", "5")
     row = table(tmp_path / "run/valid.jsonl")[-1]
     assert row["SR_psnr"] > row["bicubic_psnr"] + 2
     assert row["hallucination_pixel_std"] > 0.5
@@ -2962,9 +2962,9 @@ def test_realism_is_measured_against_others_spread_over_their_folder(workplace, 
 
 
 @pytest.mark.parametrize("command, words", [
-    ("python train.py --data photos --perceptual pixels --size 128",
+    ("python train.py --data photos --perceptual pixels --no-d-features --size 128",
      "is 64x70 pixels, expected at least 128x128"),
-    ("python train.py --data empty --perceptual pixels",
+    ("python train.py --data empty --perceptual pixels --no-d-features",
      "expected at least 2 images below .*empty, found 0"),
     ("python train.py --scale 3", "power of two.*got 3"),
     ("python train.py --preset paper --resume runs/photos/last.pt", "no --preset"),
@@ -2982,7 +2982,7 @@ def test_mistakes_are_named(command, words, workplace, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command, words, expected", [
-    ("python train.py --data nowhere --perceptual pixels",
+    ("python train.py --data nowhere --perceptual pixels --no-d-features",
      "^train.py: .*No such file or directory: .*nowhere'$", 1),
     ("python train.py --width a", "argument --width: invalid int value: 'a'", 2),
     ("python sample.py me.jpg --checkpoint me.jpg", "^sample.py: me.jpg is damaged or no", 1),
