@@ -2592,8 +2592,8 @@ def settings_of(words):
 
 def test_the_paper_preset_has_the_papers_numbers():
     paper = dict(scale=8, blocks=8, d_blocks=8, gamma=10.0, beta=0.1, alpha=1.0, eps=0.1 * 127.5,
-                 energy=0.0, pixel=0.0, warmup=0, r1_every=1, learning_rate_g=1e-4, decay=0.0, batch=8,
-                 z_shared=1.0, hard_consistency=False)
+                 energy=0.0, pixel=0.0, warmup=0, r1_every=1, learning_rate_g=1e-4, decay=0.0,
+                 batch=8, z_shared=1.0, hard_consistency=False)
     config = settings_of("--data photos --preset paper")
     assert {name: getattr(config, name) for name in paper} == pytest.approx(paper)
     assert settings_of("--preset paper") == config
@@ -2605,7 +2605,8 @@ def test_a_preset_is_a_column_and_every_setting_a_flag(capsys):
     for name, *values, section, meaning in train.SETTINGS:
         assert len({type(value) for value in values}) == 1, name
         assert re.match(r"open|[234](\.\d)?|Fig\. \d|\(\d+\)", section) and meaning, name
-    config = settings_of("--data x --energy 0.5 --no-hard-consistency --width 9 --perceptual relu1_2")
+    config = settings_of("--data x --energy 0.5 --no-hard-consistency --width 9 "
+                         "--perceptual relu1_2")
     assert (config.energy, config.hard_consistency, config.width) == (0.5, False, 9)
     assert (config.perceptual, config.learning_rate_g) == ("relu1_2", 5e-4)
     assert settings_of("--data x --energy 0").energy == 0
