@@ -145,11 +145,13 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
     fit = distances(nets, sr, hr)
     recons = reconstruction_loss(fit["L_percp"], fit["L_grad"], adv_g, adv_i,
                                  config.gamma, config.beta)     # (10)
-    energy = mean_energy(seen_real, seen_h, seen_by_D(nets, h2))
-    extra = config.pixel * fit["L_pixel"] + config.energy * energy  # not in the paper
+    extra = config.pixel * fit["L_pixel"]  # this and the energy score: not in the paper
+    if config.energy:
+        terms["energy"] = mean_energy(seen_real, seen_h, seen_by_D(nets, h2))
+        extra = extra + config.energy * terms["energy"]
     update(nets.opt_G, recons + halluc + extra)
     moved = 127.5 * (h1["image"][-1] - sr["image"][-1]).abs()   # grey levels
-    return means(terms | fit | {"L_z": l_z, "energy": energy, "F": F_h, "image_moves": moved})
+    return means(terms | fit | {"L_z": l_z, "F": F_h, "image_moves": moved})
 
 
 def warmup_step(nets, config, hr, lr) -> dict:
