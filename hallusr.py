@@ -55,7 +55,7 @@ def quantize(x: torch.Tensor) -> torch.Tensor:
     return x - x.detach() + rounded
 
 
-def downscale(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
+def downscale(x: torch.Tensor, factor: int) -> torch.Tensor:
     """DS of (9): block means. (N, C, H, W) -> (N, C, H/factor, W/factor)."""
     require_images(x)
     require(factor >= 1 and x.shape[-2] % factor == 0 and x.shape[-1] % factor == 0,
@@ -64,14 +64,14 @@ def downscale(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
     return fn.avg_pool2d(x, factor)
 
 
-def upscale_nearest(x: torch.Tensor, factor: int = 8) -> torch.Tensor:
+def upscale_nearest(x: torch.Tensor, factor: int) -> torch.Tensor:
     """Repeat every pixel, so that downscale undoes it. (N, C, h, w) -> (N, C, H, W)."""
     size = (x.shape[-2] * factor, x.shape[-1] * factor)
     # Plain "nearest" takes a wrong neighbour by some factors.
     return fn.interpolate(x, size, mode="nearest-exact")
 
 
-def pyramid(x: torch.Tensor, resolutions: int = 3) -> list[torch.Tensor]:
+def pyramid(x: torch.Tensor, resolutions: int) -> list[torch.Tensor]:
     """An image at every resolution, coarse to fine, as G makes them. Needs: downscale."""
     coarser = [downscale(x, 2 ** level) for level in reversed(range(1, resolutions))]
     return coarser + [x]

@@ -186,7 +186,7 @@ def evaluate_batch(generator, hr, lr, z, lpips=None) -> tuple[dict, dict]:
     return rows | {"hallucination": mean}, images
 
 
-def upscale_bicubic(lr: torch.Tensor, factor: int = 8) -> torch.Tensor:
+def upscale_bicubic(lr: torch.Tensor, factor: int) -> torch.Tensor:
     """Table 1's baseline, clamped to [-1, 1]. (N, C, h, w) -> (N, C, H, W)."""
     # torch's cubic kernel has a = -0.75; others have -0.5, and slightly other scores.
     return torch.nn.functional.interpolate(lr, scale_factor=factor, mode="bicubic").clamp(-1, 1)

@@ -163,9 +163,9 @@ CALLS = {
     "to_levels": lambda m, _: m.to_levels(X),
     "from_levels": lambda m, _: m.from_levels(X),
     "quantize": lambda m, _: m.quantize(X),
-    "downscale": lambda m, _: m.downscale(X),
-    "upscale_nearest": lambda m, _: m.upscale_nearest(X),
-    "pyramid": lambda m, _: m.pyramid(X),
+    "downscale": lambda m, _: m.downscale(X, 4),
+    "upscale_nearest": lambda m, _: m.upscale_nearest(X, 4),
+    "pyramid": lambda m, _: m.pyramid(X, 3),
     "image_gradient": lambda m, _: m.image_gradient(X),
     "PerceptualLoss": lambda m, _: m.PerceptualLoss()(X, X),
     "gradient_loss": lambda m, _: m.gradient_loss(X, X),
@@ -191,7 +191,7 @@ CALLS = {
     "sample": lambda m, _: m.sample(Generator(**G4), LR, Z),
     "beside_features": lambda m, _: m.beside_features([X], PerceptualLoss("relu1_2")),
     "Discriminator": lambda m, _: m.Discriminator(3, 8, 2, 3, True)(
-        hallusr.beside_features(hallusr.pyramid(X), PerceptualLoss("relu3_3")), LR),
+        hallusr.beside_features(hallusr.pyramid(X, 3), PerceptualLoss("relu3_3")), LR),
     "psnr": lambda m, _: m.psnr(X, X),
     "lr_psnr": lambda m, _: m.lr_psnr(X, LR),
     "ssim": lambda m, _: m.ssim(X, X),
@@ -1108,7 +1108,8 @@ def either_side(compare):
 
 
 @pytest.mark.parametrize("reads", [
-    [hallusr.image_gradient, hallusr.downscale, hallusr.quantize, hallusr.pyramid,
+    [hallusr.image_gradient, hallusr.quantize, lambda x: hallusr.downscale(x, 8),
+     lambda x: hallusr.pyramid(x, 3),
      lambda x: hallusr.std_map(x[None]), lambda x: Discriminator(3, 2, 1)([x]),
      lambda x: Generator(**G4)(x, torch.randn(2, 5, 32, 32))],
     *map(either_side, [hallusr.psnr, hallusr.ssim, hallusr.lr_psnr, hallusr.excess]),

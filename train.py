@@ -101,7 +101,7 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
     # LR is rounded, as a file is.
     lr = quantize(downscale(hr, config.scale))                  # (B, 3, h, w)
     if kind == "warm-up":
-        return warmup_step(nets, config, hr, lr)
+        return warmup_step(nets, config, hr, lr, torch.zeros_like(z1))
 
     images = pyramid(hr, len(nets.G.up_blocks))
     real = {"image": images, "gradient": [image_gradient(image) for image in images]}
@@ -154,9 +154,8 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
     return means(terms | fit | {"L_z": l_z, "F": F_h, "image_moves": moved})
 
 
-def warmup_step(nets, config, hr, lr) -> dict:
+def warmup_step(nets, config, hr, lr, zero) -> dict:
     """A step of G alone, at z = 0: (10) without L_adv. z means nothing yet."""
-    zero = torch.zeros(len(lr), nets.G.z_dim, *lr.shape[-2:], device=lr.device)
     with nets.autocast:
         sr = nets.G(lr, zero)                                   # (1)
     fit = distances(nets, sr, hr)
@@ -189,9 +188,8 @@ def seen_by_D(nets, made: dict) -> dict:
 def judge(nets, pictures: dict, F: torch.Tensor) -> dict:
     """Logits (B, 1, h, w) of D_I, which is told F (section 3.1), and of D_g."""
     with nets.autocast:
-        logits = {"image": nets.D_I(pictures["image"], F),
-                  "gradient": nets.D_g(pictures["gradient"])}
-    return {domain: logits[domain].float() for domain in logits}
+        return {"image": nets.D_I(pictures["image"], F).float(),
+                "gradient": nets.D_g(pictures["gradient"]).float()}
 
 
 def said_by_D(on_real: dict, on_fake: dict) -> dict:
