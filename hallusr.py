@@ -183,8 +183,9 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
 def energy_score(a, b, truth) -> torch.Tensor:
     """Two samples' mean distance to the truth, less half of theirs: not in the paper.
 
-    a, b, truth (N, C, H, W), images or features of them -> scalar, to be minimised: over
-    many truths it is least where samples differ as truths do (Gneiting and Raftery 2007).
+    a, b, truth (N, C, H, W), images or features of them -> scalar, to be minimised. With
+    independent samples it is least, on average, where at every place they vary as the
+    truth does (Gneiting and Raftery 2007).
     """
     require_same(a, b, "two samples")
     require_same(a, truth, "a sample and the truth")
