@@ -11,7 +11,7 @@ Training (section 4.1) is in train.py.
     I^HR        hr              (N, 3, H, W)       [-1, 1]; H = scale * h
     I^SR        sr              (N, 3, H, W)       about [-1, 1]: G's image at z = 0
     I^H_z       hallucination   (N, 3, H, W)       the same, at z ~ N(0, I)
-    g           gradient        (N, 3, H, W)       >= 0 of images, any from G
+    g           gradient        (N, 3, H, W)       >= 0 of images; from G any
     z           z               (N, z_dim, h, w)   N(0, I) at every LR pixel, or zero
     DS          downscale       -> (N, 3, h, w)    box average
     F           excess          -> (N, 3, h, w)    grey levels beyond eps by which LR is missed
