@@ -335,7 +335,7 @@ class AsModule(torch.nn.Module):
     (lambda: hallusr.excess, [(3, 16, 16), (3, 4, 4)]),
     (lambda: hallusr.diversity_loss, [(3, 8, 8), (3, 8, 8), (5, 4, 4), (5, 4, 4)]),
     (lambda: hallusr.energy_score, [(3, 8, 8)] * 3),
-    (lambda: hallusr.pyramid, [(3, 8, 8)]),
+    (lambda: partial(hallusr.pyramid, resolutions=3), [(3, 8, 8)]),
     pytest.param(PerceptualLoss, [(3, 8, 8), (3, 8, 8)], marks=needs_vgg),
     pytest.param(LPIPS, [(3, 32, 32), (3, 32, 32)], marks=needs_lpips)])
 def test_what_is_exported_takes_any_batch(make, shapes):
