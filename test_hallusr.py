@@ -1397,9 +1397,8 @@ def loss_of_d(D, real, fakes, F, r1_weight, beta, shown):
     none = None if F is None else torch.zeros_like(F[0][:1])
     loss, share = 0.0, (beta / (1 + beta), 1 / (1 + beta))
     for n in range(2):
-        pictures = shown([picture[n:n + 1].detach() for picture in real])
-        pictures = [picture.requires_grad_() for picture in pictures]
-        logits = D(pictures, none)
+        pictures = [picture[n:n + 1].detach().requires_grad_() for picture in real]
+        logits = D(shown(pictures), none)
         steep = torch.autograd.grad(logits.mean(), pictures, create_graph=True)
         r1 = sum(gradient.square().sum() for gradient in steep)
         loss = loss - torch.sigmoid(logits).log().mean() / 2 + r1_weight * r1 / 2

@@ -65,10 +65,10 @@ SETTINGS = [
     ("beta",             0.1,   0.0,   0.0,   "4.1",    "weight of z = 0 in both players' L_adv"),
     ("alpha",            1.0,   0.0,   0.0,   "4.1",    "weight of L_z (8) in (11)"),
     ("tau",              1.0,   1.0,   1.0,   "open",   "ceiling of L_z (8)"),
-    ("energy",           0.0,   30.0,  10.0,  "2.3",    "weight of the energy score"),
+    ("energy",           0.0,   10.0,  10.0,  "2.3",    "weight of the energy score"),
     ("pixel",            0.0,   10.0,  0.0,   "2.3",    "weight of L1 on pixels at z = 0"),
     ("warmup",           0,     3000,  500,   "2.3",    "first steps: G alone, at z = 0"),
-    ("r1_gamma",         10.0,  1.0,   10.0,  "open",   "weight of R1, not (10)'s gamma"),
+    ("r1_gamma",         10.0,  0.1,   10.0,  "open",   "weight of R1, not (10)'s gamma"),
     ("r1_every",         1,     16,    16,    "2.3",    "steps from one R1 to the next"),
     ("learning_rate_g",  1e-4,  5e-4,  2e-3,  "4.1",    "Adam's learning rate for G"),
     ("learning_rate_d",  4e-4,  5e-4,  2e-3,  "open",   "Adam's learning rate for D_I and D_g"),
@@ -128,7 +128,7 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
         loss_D = (loss_D + config.beta * against_sr) / (1 + config.beta)
     if kind == "with R1":
         # Every r1_every steps, with as many times the weight: lazy R1, as in StyleGAN2.
-        terms["R1"] = r1_of_both(nets, seen_real, F_real)
+        terms["R1"] = r1_of_both(nets, real, F_real)
         loss_D = loss_D + config.r1_every * config.r1_gamma / 2 * terms["R1"]
     update(nets.opt_D, loss_D)
 
@@ -213,12 +213,14 @@ def loss_of_both(on_real: dict, on_fake: dict) -> torch.Tensor:
     return sum(discriminator_loss(on_real[domain], on_fake[domain]) for domain in on_real)
 
 
-def r1_of_both(nets, seen_real: dict, F_real: torch.Tensor) -> torch.Tensor:
+def r1_of_both(nets, real: dict, F_real: torch.Tensor) -> torch.Tensor:
     """R1 of D_I and D_g, without autocast: a slope of a slope needs all digits."""
-    leaves = {domain: [picture.detach().requires_grad_() for picture in seen_real[domain]]
-              for domain in seen_real}
-    of_D_I = r1_penalty(nets.D_I(leaves["image"], F_real), leaves["image"])
-    of_D_g = r1_penalty(nets.D_g(leaves["gradient"]), leaves["gradient"])
+    images = [image.detach().requires_grad_() for image in real["image"]]
+    gradients = [edges.detach().requires_grad_() for edges in real["gradient"]]
+    # Down to the pixels: through VGG-16, what is gentle at its features is steep.
+    seen = images if nets.phi is None else beside_features(images, nets.phi)
+    of_D_I = r1_penalty(nets.D_I(seen, F_real), images)
+    of_D_g = r1_penalty(nets.D_g(gradients), gradients)
     return of_D_I + of_D_g
 
 
