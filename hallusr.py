@@ -3,7 +3,7 @@
 The method of Abid, Hedhli and Gagné, "A generative model for hallucinating diverse
 versions of super resolution images", in the order of the paper, whose section and
 equation numbers stand at the lines. assets/PAPER.md lists where the code differs.
-Training (section 4.1) is in train.py.
+Default arguments are the paper's. Training (section 4.1) is in train.py.
 
     paper       here            shape              range
     ----------  --------------  -----------------  -----------------------------------
@@ -151,8 +151,8 @@ def gradient_loss(g_sr: torch.Tensor, g_hr: torch.Tensor) -> torch.Tensor:
 def draw_z(shape: tuple, z_shared: float, rng: torch.Generator) -> torch.Tensor:
     """Noise for G, N(0, I) at every LR pixel. shape (..., z_dim, h, w) -> that shape.
 
-    z_shared in [0, 1] says how much of it all pixels of a face share: at 1, as in the
-    paper, z is one vector of z_dim numbers; at 0, every pixel has its own.
+    z_shared in [0, 1] is the deviation of the part that all pixels of a face share: at 1,
+    as in the paper, z is one vector of z_dim numbers; at 0, every pixel has its own.
     """
     require(0 <= z_shared <= 1, f"z_shared must be in [0, 1], got {z_shared}")
     require(len(shape) >= 3, f"shape must be (..., z_dim, h, w), got {shape}")
@@ -181,11 +181,11 @@ def diversity_loss(g1, g2, z1, z2, tau: float = 1.0) -> torch.Tensor:
 
 
 def energy_score(a, b, truth) -> torch.Tensor:
-    """Two samples' mean distance to the truth, less half of theirs: not in the paper.
+    """Two samples' mean distance to the truth, less half that between the two.
 
-    a, b, truth (N, C, H, W), images or features of them -> scalar, to be minimised. With
-    independent samples it is least, on average, where at every place they vary as the
-    truth does (Gneiting and Raftery 2007).
+    a, b, truth (N, C, H, W), images or features of them -> scalar, to be minimised: not in
+    the paper. With independent samples it is least, on average, where at every place they
+    vary as the truth does (Gneiting and Raftery 2007).
     """
     require_same(a, b, "two samples")
     require_same(a, truth, "a sample and the truth")
@@ -193,7 +193,7 @@ def energy_score(a, b, truth) -> torch.Tensor:
     def distance(p, q):
         # The channels at one place are one vector. The 1e-6 gives the root a slope at 0.
         return ((p - q).square().mean(1) + 1e-6).sqrt().mean()
-    # Never below 0: a ruin is as far from the truth as from the other sample. (8) pays it.
+    # A ruin, as far from the truth as from the other, gains nothing. (8) rewards it.
     return (distance(a, truth) + distance(b, truth) - distance(a, b)) / 2
 
 
@@ -257,12 +257,12 @@ def hallucination_loss(adv_g, adv_i, l_z, alpha=1.0):
 def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 12.75) -> torch.Tensor:
     """F of (12): by how many grey levels, beyond eps, the shrunken image misses LR.
 
-    image (N, 3, H, W), lr (N, 3, h, w) on 8-bit levels -> (N, 3, h, w), 0 for the true
+    image (N, 3, H, W), lr (N, 3, h, w) rounded to 8 bits -> (N, 3, h, w), 0 for the true
     image. In training alone, for D_I: at evaluation lr_psnr says how well LR is met.
     Needs: quantize, to_levels, from_levels, downscale, scale_between.
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
-    # Of an LR shrunk bicubically, this differs by 2.7 levels: within eps, so F stays 0.
+    # Were LR shrunk bicubically, the mean error would be 2.7 levels: below eps.
     shrunk = downscale(image, scale_between(image, lr))         # (N, 3, h, w)
     # In grey levels, D_I sees a small error without large weights.
     r = 2 / 255
@@ -316,7 +316,7 @@ def output_head(channels: int) -> nn.Sequential:
 
 
 class UpBlock(nn.Module):
-    """Double features, and the image and the gradient that are read off them (Fig. 3).
+    """Enlarge features twofold, with the image and the gradient read off them (Fig. 3).
 
     forward takes features (N, in, H, W), image and gradient (N, 3, H, W), and returns
     all three, twice as large. Needs: output_head, conv3x3, near_zero, activation.
@@ -427,7 +427,7 @@ class Generator(nn.Module):
 
 @torch.no_grad()
 def sample(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """The finest image alone, as saved: (N, 3, H, W) on 8-bit levels.
+    """The finest image alone, as saved: (N, 3, H, W), rounded to 8 bits.
 
     Needs: quantize, to_levels, from_levels.
     """
@@ -742,9 +742,9 @@ def spread_and_error(samples: torch.Tensor, truth: torch.Tensor) -> tuple:
     """Do samples differ from each other as much as from the truth? Then both are equal.
 
     samples (K, N, 3, H, W), truth (N, 3, H, W) -> their variance and the squared error
-    of their mean, (N,) each, in squared grey levels. The root of the ratio of their
-    means is the spread-skill ratio (Fortin et al. 2014), below 1 where samples are too
-    much alike. Needs: to_levels.
+    of their mean, times K / (K + 1), (N,) each, in squared grey levels. The root of the
+    ratio of their means is the spread-skill ratio (Fortin et al. 2014), below 1 where
+    samples are too much alike. Needs: to_levels.
     """
     require_samples(samples, truth)
     samples = to_levels(samples)
