@@ -72,8 +72,9 @@ def a_short_end(monkeypatch):
 def fixed_seed():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # these networks are too small to share out
-    # Under `nohup pytest &` both may be ignored, here and in what is started from here.
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    # Under `nohup pytest &` they may be ignored, here and in what is started from here.
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+             signal.SIGHUP: signal.SIG_DFL}
     before = {name: signal.signal(name, handler) for name, handler in usual.items()}
     yield
     for name, handler in before.items():
@@ -1596,6 +1597,22 @@ def test_spread_realism_and_auc_decide_what_is_best(scores, best, tmp_path, phot
     assert torch.load(tmp_path / "run/best.pt")["step"] == best
 
 
+def test_a_measured_best_beats_one_without_weights(tmp_path, photos, monkeypatch):
+    # PSNR alone until step 2; then realism x AUC, once weights are there, at no great spread.
+    scores = {"spread": 0.7, "realism": 90.0, "auc": 0.8}
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(train, "summarize",
+                        lambda _: {"hallucination": scores, "SR": {"psnr": 21.0}})
+
+    def missing(photographs):
+        raise FileNotFoundError("no weights")
+    monkeypatch.setattr(train, "metrics_against", missing)
+    run_training(tmp_path / "run", "--data", str(photos), "--steps", "2", "--size", "32")
+    monkeypatch.setattr(train, "metrics_against", lambda photographs: {"realism": None})
+    train.main(["--resume", str(tmp_path / "run/last.pt"), "--steps", "4", "--device", "cpu"])
+    assert torch.load(tmp_path / "run/best.pt")["step"] == 4
+
+
 def test_a_resumed_run_knows_the_best_before(tmp_path, monkeypatch):
     values = iter([20.0, 30.0, 25.0])  # PSNR after 2, 4 and 6 steps
     monkeypatch.setattr(train, "evaluate", lambda *_, **__: None)
@@ -1796,7 +1813,7 @@ def test_init_starts_from_a_trained_generator(tmp_path):
         train.prepare(["--resume", str(first), "--init", str(first)])
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_saves_and_says_how_to_resume(name, tmp_path, monkeypatch, capsys):
     step_done = train.Report.step_done
 
@@ -2238,6 +2255,16 @@ def test_a_photo_that_joins_moves_no_other_from_training_to_validation(tmp_path)
     assert 5 < len(held_out) < 30
 
 
+def test_faces_to_validate_on_come_from_the_whole_folder(tmp_path):
+    # Sorted by path, the first of them may all be of one kind.
+    for name in ("mine/x", "mine/y", *(f"val/{i}" for i in range(8))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.png").touch()
+    words = "--val", str(tmp_path / "val"), "--val-faces", "4"
+    _, held_out = load_names(tmp_path / "mine", *words)
+    assert held_out == {"0.png", "2.png", "4.png", "6.png"}
+
+
 def test_a_folder_that_moves_holds_out_the_same_photos(tmp_path):
     kept = []
     for place in ("here", "else/where"):
@@ -2489,6 +2516,16 @@ def test_ctrl_c_saves_where_it_ends_the_reader_too(tmp_path):
     assert torch.load(tmp_path / "last.pt")["step"] >= 1
 
 
+def test_a_reader_that_leaves_ends_a_run_that_is_saved(tmp_path):
+    words = shlex.split(f"{TINY_FLAGS} --steps 100000 --log-every 1 --val-every 100000")
+    process = start("train.py", *words, "--out", str(tmp_path))
+    while not process.stdout.readline().startswith("step 1 "):
+        assert process.poll() is None
+    process.stdout.close()  # as of `| head`: the next line finds no reader
+    assert process.wait(timeout=120) == 1 and process.stderr.read() == ""
+    assert torch.load(tmp_path / "last.pt")["step"] >= 1
+
+
 def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     claims = []
@@ -2497,6 +2534,8 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
         asked = SimpleNamespace(resume=None, out=None, data=data)
         claims.append(str(train.run_folder(asked)))
     assert claims == ["runs/mine-0", "runs/mine-1", "runs/drawn-2"]
+    with pytest.raises(FileExistsError):  # begun in the same second, nothing saved yet
+        train.run_folder(asked)
 
 
 def test_a_folder_that_can_not_be_is_named_in_one_sentence(tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 """Train hallusr: one plain loop, for one CUDA GPU or a CPU.
 
     python train.py                         faces that it draws itself, no data needed: minutes
-    python train.py --data FOLDER           any folder of photos: hours
+    python train.py --data FOLDER           photos: hours on a GPU, days on a CPU
     python train.py --resume OUT/last.pt    go on with a run that was stopped
 
 Into --out go last.pt and best.pt (checkpoints), grid.png (look at it), and the tables
-log.jsonl and valid.jsonl, a line of JSON for each row.
+log.jsonl and valid.jsonl, a line of JSON for each row. Of a step that stands twice, as
+after a crash, the later row counts.
 """
 import os
 
@@ -113,17 +114,18 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
     F_h = excess(h1["image"][-1], lr, config.eps)               # (12)  (B, 3, h, w)
     F_real = torch.zeros_like(F_h)  # a photograph shrinks to its own LR exactly
 
-    # D step: tell photographs from hallucinations. D never sees z2's.
-    seen_real = seen_by_D(nets, real)
-    seen_h = seen_by_D(nets, h1)
+    # D step: tell photographs from hallucinations of z1. Nothing is detached: `update`
+    # changes one player's weights alone.
+    seen_real = with_features(nets, real)
+    seen_h = with_features(nets, h1)
     on_real = judge(nets, seen_real, F_real)
     on_h = judge(nets, seen_h, F_h)
-    terms = said_by_D(on_real, on_h)
+    terms = terms_of_D(on_real, on_h)
     loss_D = loss_of_both(on_real, on_h)
     if config.beta:
         # A weighted mean: beta for the reconstruction, as in (10), 1 for the hallucination.
         F_sr = excess(sr["image"][-1], lr, config.eps)          # (12)  (B, 3, h, w)
-        seen_sr = seen_by_D(nets, sr)
+        seen_sr = with_features(nets, sr)
         against_sr = loss_of_both(on_real, judge(nets, seen_sr, F_sr))
         loss_D = (loss_D + config.beta * against_sr) / (1 + config.beta)
     if kind == "with R1":
@@ -147,7 +149,7 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
                                  config.gamma, config.beta)     # (10)
     extra = config.pixel * fit["L_pixel"]  # this and the energy score: not in the paper
     if config.energy:
-        terms["energy"] = mean_energy(seen_real, seen_h, seen_by_D(nets, h2))
+        terms["energy"] = mean_energy(seen_real, seen_h, with_features(nets, h2))
         extra = extra + config.energy * terms["energy"]
     update(nets.opt_G, recons + halluc + extra)
     moved = 127.5 * (h1["image"][-1] - sr["image"][-1]).abs()   # grey levels
@@ -176,8 +178,8 @@ def kind_of(config, step: int) -> str:
     return "with R1" if step % config.r1_every == 0 else "plain"
 
 
-def seen_by_D(nets, made: dict) -> dict:
-    """What the discriminators see: images, with VGG-16's features or without, and gradients."""
+def with_features(nets, made: dict) -> dict:
+    """Images beside their VGG-16 features, where D_I sees them; gradients as they are."""
     if nets.phi is None:
         return made
     with nets.autocast:
@@ -192,7 +194,7 @@ def judge(nets, pictures: dict, F: torch.Tensor) -> dict:
                 "gradient": nets.D_g(pictures["gradient"]).float()}
 
 
-def said_by_D(on_real: dict, on_fake: dict) -> dict:
+def terms_of_D(on_real: dict, on_fake: dict) -> dict:
     """Logits and AUC of both discriminators, for the log."""
     terms = {}
     for domain in on_real:
@@ -229,8 +231,8 @@ def mean_energy(real: dict, one: dict, two: dict) -> torch.Tensor:
     scores = []
     for domain in real:
         for truth, a, b in zip(real[domain], one[domain], two[domain]):
-            # In deviations: VGG-16's features are larger than edges. Plain faces have none.
-            scores.append(energy_score(a, b, truth) / truth.std().clamp(min=0.01))
+            # In the truth's deviations, as features are larger than edges.
+            scores.append(energy_score(a, b, truth) / truth.std().clamp(min=0.01))  # no 0 / 0
     return torch.stack(scores).mean()
 
 
@@ -248,7 +250,7 @@ def update(optimizer, loss: torch.Tensor):
     """One step of one player down its loss."""
     weights = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
-    # The loss runs through the other player too: only this one's weights get gradients.
+    # The loss runs through the other player too: only this one's weights get slopes.
     loss.backward(inputs=weights)
     optimizer.step()
 
@@ -433,7 +435,7 @@ def batch_at(faces: torch.Tensor, config, step: int, device) -> tuple:
 # ---- Faces: drawn, or from a folder; both end as one uint8 tensor (N, 3, size, size) -
 
 def draw_faces(random: torch.Tensor, size: int) -> torch.Tensor:
-    """Drawn faces: random (N, 7) in [0, 1] -> (N, 3, size, size) on 8-bit levels.
+    """Drawn faces: random (N, 7) in [0, 1] -> (N, 3, size, size), rounded to 8 bits.
 
     The last column says where the eyes look, in parts of a full turn: 0 is right, 0.25
     down. An LR of 4x4 hides it: it is the same for all gazes, up to one level.
@@ -491,7 +493,8 @@ def load_faces(arguments, config) -> tuple[torch.Tensor, torch.Tensor]:
     paths = [path for path in paths if path.resolve() not in hidden]
     require(paths, f"all photos of {arguments.data} are among those to validate on")
     return (read_photos(paths, config.size),
-            read_photos(held_out[:arguments.val_faces], config.size))
+            read_photos([held_out[i] for i in evenly(len(held_out), arguments.val_faces)],
+                        config.size))
 
 
 def path_hash(path: Path) -> int:
@@ -525,7 +528,8 @@ class Report:
         self.count = 0
         self.stop = False
         self.since = time.perf_counter()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        for number in (signal.SIGINT, signal.SIGTERM, hang_up):
             if signal.getsignal(number) != signal.SIG_IGN:  # as in a script's background
                 signal.signal(number, self.interrupt)
 
@@ -546,8 +550,12 @@ class Report:
         if due or step == 1 or step % self.arguments.log_every == 0:
             terms = self.means()  # it also keeps NaN out of a checkpoint
             if due:
-                self.save()  # first: the rest may be interrupted, if only by a closed pipe
-            self.log(terms)
+                self.save()  # first: the rest may be interrupted
+            try:
+                self.log(terms)
+            except OSError:  # the terminal is gone, or the reader of a pipe
+                self.save()
+                raise
         if due:
             self.validate()
             self.save()
@@ -594,9 +602,9 @@ class Report:
         save_image(self.grid(), self.out / "grid.png")
         # Realism alone would choose samples that are all alike. So models whose spread is
         # at least 0.8 of their error come first, and of them the least realism x AUC.
-        best = (False, table["SR_psnr"])  # where they are not measured
+        best = (False, False, table["SR_psnr"])  # where they are not measured
         if self.metrics:
-            best = (table["hallucination_spread"] >= 0.8,
+            best = (True, table["hallucination_spread"] >= 0.8,
                     -table["hallucination_realism"] * table["hallucination_auc"])
         if self.step > self.config.warmup and (not self.best or best > self.best):
             self.best = best
@@ -650,7 +658,8 @@ def run_folder(arguments) -> Path:
     files = ("last.pt", "best.pt", "log.jsonl", "valid.jsonl", "grid.png")
     require(not any((out / file).exists() for file in files),
             f"{out} holds a run already: --resume it, delete it, or name another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    # A name of our own must be new: another run may have begun in this second.
+    out.mkdir(parents=True, exist_ok=bool(arguments.out))
     return out
 
 
