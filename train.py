@@ -53,7 +53,7 @@ SETTINGS = [
     # name               paper  photos drawn  section   meaning
     ("size",             64,    64,    32,    "open",   "side of the large image, pixels"),
     ("scale",            8,     8,     8,     "4.1",    "times that LR is smaller: a power of 2"),
-    ("width",            32,    32,    8,     "open",   "channels at full size, more at coarser"),
+    ("width",            32,    40,    8,     "open",   "channels at full size, more at coarser"),
     ("blocks",           8,     8,     1,     "Fig. 2", "residual blocks in G"),
     ("d_blocks",         8,     2,     1,     "3.2",    "residual blocks in each D"),
     ("z_dim",            64,    4,     4,     "open",   "numbers in z"),
