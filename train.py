@@ -114,8 +114,7 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
     F_h = excess(h1["image"][-1], lr, config.eps)               # (12)  (B, 3, h, w)
     F_real = torch.zeros_like(F_h)  # a photograph shrinks to its own LR exactly
 
-    # D step: tell photographs from hallucinations of z1. Nothing is detached: `update`
-    # changes one player's weights alone.
+    # D step: photographs against z1's images. Undetached, as `update` moves D alone.
     seen_real = with_features(nets, real)
     seen_h = with_features(nets, h1)
     on_real = judge(nets, seen_real, F_real)
