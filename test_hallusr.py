@@ -780,7 +780,7 @@ class PooledColours(PerceptualLoss):
     def __init__(self, layer):
         torch.nn.Module.__init__(self)
 
-    def embed_all(self, x):
+    def embed(self, x):
         return [fn.avg_pool2d(x, 4)]
 
 
@@ -1069,6 +1069,11 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: train.main(["--size", "64", "--device", "cpu"]), "LR of drawn faces must be 4x4 or"),
     (lambda: train.main(["--size", "24", "--device", "cpu"]), "LR of drawn faces must be 4x4 or"),
     (lambda: PerceptualLoss("relu9_9"), "relu2_2.*got 'relu9_9'"),
+    (lambda: hallusr.rank_histogram(math.nan * images(2, 1, 3, 4, 4), images(1, 3, 4, 4)),
+     "samples hold NaN"),
+    (lambda: hallusr.spread_and_error(images(2, 1, 3, 4, 4), math.nan * images(1, 3, 4, 4)),
+     "truth must be floats.*got nan"),
+    (lambda: hallusr.psnr(images(1, 3, 4, 4), math.nan * images(1, 3, 4, 4)), "got nan"),
     (lambda: hallusr.downscale(images(1, 3, 12, 12), 8), "multiples of 8, got 12 x 12"),
     (lambda: hallusr.image_gradient(images(3, 4, 4)), r"\(N, C, H, W\), got \(3, 4, 4\)"),
     (lambda: hallusr.project_onto_lr(images(1, 3, 8, 8), images(1, 3, 4, 2)), "one multiple"),
