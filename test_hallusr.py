@@ -1341,12 +1341,12 @@ def test_resumed_training_is_equal_bit_by_bit_whatever_became_of_its_tables(spoi
     spoil(tmp_path / "part")
     train.main(["--resume", str(tmp_path / "part/last.pt"), "--steps", "6", "--device", "cpu"])
     resumed = torch.load(tmp_path / "part/last.pt")
-    assert whole["step"] == resumed["step"] == 6 and whole["best"] == resumed["best"]
+    assert whole["step"] == resumed["step"] == 6
     for name in ("generator", "G", "D_I", "D_g"):
         for key, value in whole[name].items():
             assert torch.equal(value, resumed[name][key]), key
-    best = [torch.load(tmp_path / f"{run}/best.pt")["step"] for run in ("whole", "part")]
-    assert best[0] == best[1]
+    best = [torch.load(tmp_path / f"{run}/best.pt") for run in ("whole", "part")]
+    assert best[0]["step"] == best[1]["step"] and best[0]["best"] == best[1]["best"]
 
 
 def test_a_resumed_run_goes_on_with_its_tables(tmp_path):
@@ -1536,11 +1536,14 @@ def test_what_a_step_is_depends_on_its_number_alone():
 def test_auc_of_d_against_a_loop_over_pairs():
     real, fake = torch.randn(2, 5, 1, 4, 4)
     real[0] = fake[1]
-    found = train.won(real, fake).mean().item()
+
+    def auc(real, fake):
+        return train.terms_of_D({"image": real}, {"image": fake})["D_image_auc"].mean().item()
+    found = auc(real, fake)
     assert found == pytest.approx(share_won(real, fake), abs=1e-6) and 0.1 < found < 0.9
-    assert train.won(real + 9, fake).mean() == 1 and train.won(real - 9, fake).mean() == 0
+    assert auc(real + 9, fake) == 1 and auc(real - 9, fake) == 0
     same = torch.zeros(5, 1, 4, 4)
-    assert train.won(same, same).mean() == 0.5  # a blind D
+    assert auc(same, same) == 0.5  # a blind D
 
 
 def test_running_average_follows_and_forgets():
@@ -1869,7 +1872,26 @@ def test_the_time_left_reckons_with_the_end_of_the_warm_up(step, warmup, minutes
     train.Report.log(report, train.Report.means(report))
     assert capsys.readouterr().out == f"step {step}  0.7 images/s  about {minutes} 1.5\n"
     assert rows == [{"step": step, "images_per_s": pytest.approx(4 / 6), "L_percp": 1.5}]
-    assert (report.terms, report.count, report.since) == ({}, 0, 106.0)
+
+
+def test_speed_and_means_are_of_the_steps_since_the_last_line_without_validation(
+        tmp_path, monkeypatch):
+    clock = [100.0]
+
+    def three_seconds(*given):
+        clock[0] += 3
+        return {"L": torch.tensor(clock[0])}
+
+    def a_minute(report):
+        clock[0] += 60
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0],
+                                                       strftime=time.strftime))
+    monkeypatch.setattr(train, "training_step", three_seconds)
+    monkeypatch.setattr(train.Report, "validate", a_minute)
+    run_training(tmp_path, "--steps", "6", "--log-every", "2", "--val-every", "4", "--batch", "2")
+    rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert [row["images_per_s"] for row in rows] == pytest.approx([2 / 3] * 4)
+    assert [row["L"] for row in rows] == [103, 106, 110.5, 176.5]  # steps 1, 2, 3-4, 5-6
 
 
 def test_what_is_logged_is_a_mean_of_copies(tmp_path, monkeypatch):
@@ -2044,7 +2066,7 @@ def test_a_replayed_step_is_a_plain_step(preset, kind, monkeypatch, capsys):
     config = Config(**PRESETS[preset] | TINY | dict(hard_consistency=False))
     graphed, plain = train.Networks(config, "cuda"), train.Networks(config, "cuda")
     replayed = train.GraphedStep(partial(train.training_step, graphed, config))
-    faces = torch.randint(0, 256, (9, 3, 16, 16)).byte().cuda()
+    faces = torch.randint(0, 256, (9, 3, 16, 16)).byte()
     digits = dict(rtol=2e-5, atol=1e-5)
     for step in range(5):
         batch = train.batch_at(faces, config, step, "cuda")

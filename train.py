@@ -24,7 +24,6 @@ import shlex
 import signal
 import time
 import unicodedata
-import warnings
 import zlib
 from collections import Counter
 from dataclasses import asdict, make_dataclass
@@ -196,17 +195,14 @@ def judge(nets, pictures: dict, F: torch.Tensor) -> dict:
 def terms_of_D(on_real: dict, on_fake: dict) -> dict:
     """Logits and AUC of both discriminators, for the log."""
     terms = {}
-    for domain in on_real:
-        terms[f"D_{domain}_real"] = on_real[domain]
-        terms[f"D_{domain}_fake"] = on_fake[domain]
-        terms[f"D_{domain}_auc"] = won(on_real[domain], on_fake[domain])
+    for domain, real in on_real.items():
+        fake = on_fake[domain]
+        terms[f"D_{domain}_real"] = real
+        terms[f"D_{domain}_fake"] = fake
+        # In which pairs has the photograph the higher logit? 0.5 is a blind D.
+        ahead = real.mean((1, 2, 3))[:, None] - fake.mean((1, 2, 3))  # (B, B)
+        terms[f"D_{domain}_auc"] = (ahead.sign() + 1) / 2  # a tie is half a win
     return terms
-
-
-def won(on_real: torch.Tensor, on_fake: torch.Tensor) -> torch.Tensor:
-    """D's AUC: in which pairs has the photograph the higher logit? 0.5 is a blind D."""
-    ahead = on_real.mean((1, 2, 3))[:, None] - on_fake.mean((1, 2, 3))  # (B, B)
-    return (ahead.sign() + 1) / 2  # a tie is half a win
 
 
 def loss_of_both(on_real: dict, on_fake: dict) -> torch.Tensor:
@@ -309,12 +305,6 @@ class GraphedStep:
             print(f"no CUDA graphs, steps run as usual: {reason}")
 
 
-def decay_at(config, step: int) -> float:
-    """1, and over the last share `decay` of the steps down to a tenth."""
-    left = 1 - step / config.steps
-    return 0.1 ** (1 - left / config.decay) if left < config.decay else 1.0
-
-
 class Networks:
     """All that a step works with: G, its average, D_I, D_g, VGG-16 and two optimisers.
 
@@ -357,8 +347,9 @@ class Networks:
         self.follow_schedule(config, 0)
 
     def follow_schedule(self, config, step: int):
-        """The learning rates of this step."""
-        factor = decay_at(config, step)
+        """The learning rates of this step: over the last share `decay`, down to a tenth."""
+        left = 1 - step / config.steps
+        factor = 0.1 ** (1 - left / config.decay) if left < config.decay else 1.0
         rates = ((self.opt_G, config.learning_rate_g), (self.opt_D, config.learning_rate_d))
         for optimizer, rate in rates:
             group = optimizer.param_groups[0]
@@ -401,8 +392,6 @@ def train(config, arguments, nets, report, faces, start: int):
     device = next(nets.G.parameters()).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        if faces.nbytes < 2 ** 30:
-            faces = faces.to(device)  # once, not a batch at a time
         if arguments.graph:
             step_once = GraphedStep(step_once)
 
@@ -424,11 +413,11 @@ def batch_at(faces: torch.Tensor, config, step: int, device) -> tuple:
     mirrored = torch.rand(config.batch, 1, 1, 1, generator=rng) < 0.5
     small = config.size // config.scale
     z1, z2 = draw_z((2, config.batch, config.z_dim, small, small), config.z_shared, rng)
-    hr = faces[chosen.to(faces.device, non_blocking=True)]
-    hr = torch.where(mirrored.to(faces.device, non_blocking=True), hr.flip(-1), hr)
+    hr = faces[chosen]
+    hr = torch.where(mirrored, hr.flip(-1), hr)
     z1 = z1.to(device, non_blocking=True)
     z2 = z2.to(device, non_blocking=True)
-    return from_levels(hr.to(device)), z1, z2
+    return from_levels(hr.to(device, non_blocking=True)), z1, z2
 
 
 # ---- Faces: drawn, or from a folder; both end as one uint8 tensor (N, 3, size, size) -
@@ -491,9 +480,8 @@ def load_faces(arguments, config) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = {path.resolve() for path in held_out}
     paths = [path for path in paths if path.resolve() not in hidden]
     require(paths, f"all photos of {arguments.data} are among those to validate on")
-    return (read_photos(paths, config.size),
-            read_photos([held_out[i] for i in evenly(len(held_out), arguments.val_faces)],
-                        config.size))
+    held_out = [held_out[i] for i in evenly(len(held_out), arguments.val_faces)]
+    return read_photos(paths, config.size), read_photos(held_out, config.size)
 
 
 def path_hash(path: Path) -> int:
@@ -507,7 +495,7 @@ def path_hash(path: Path) -> int:
 class Report:
     """All that happens beside the loop. It reads from the device only when a line is due."""
 
-    def __init__(self, config, arguments, nets: Networks, faces, valid, content):
+    def __init__(self, config, arguments, nets: Networks, faces, valid):
         self.out = run_folder(arguments)
         self.config = config
         self.arguments = arguments
@@ -521,8 +509,9 @@ class Report:
                 self.metrics = metrics_against(photographs.to(arguments.device))
             except (ValueError, OSError) as error:
                 print(f"LPIPS, realism and AUC are not measured: {error}")
-        goes_on = content and (self.out / "best.pt").exists()
-        self.best = content["best"] if goes_on else None  # a tuple, the larger the better
+        best = self.out / "best.pt"  # of a run that is resumed
+        # A tuple, the larger the better; older versions kept it elsewhere.
+        self.best = load_checkpoint(best).get("best") if best.exists() else None
         self.terms = {}
         self.count = 0
         self.stop = False
@@ -555,9 +544,11 @@ class Report:
             except OSError:  # the terminal is gone, or the reader of a pipe
                 self.save()
                 raise
-        if due:
-            self.validate()
-            self.save()
+            if due:
+                self.validate()
+            self.terms = {}
+            self.count = 0
+            self.since = time.perf_counter()  # training's alone: validation is over
         return finished
 
     def means(self) -> dict:
@@ -584,13 +575,9 @@ class Report:
         when = f"about {minutes:.1f} min left" + (", warm-up" if warmup else "")
         print(f"step {self.step}  {images_per_s:.1f} images/s  {when}{text}")
         self.append("log.jsonl", {"step": self.step, "images_per_s": images_per_s} | terms)
-        self.terms = {}
-        self.count = 0
-        self.since = time.perf_counter()
 
     def validate(self):
         """Score the running average, draw the grid, keep the best."""
-        began = time.perf_counter()
         rows = summarize(evaluate(self.nets.ema, self.valid, 4, **self.metrics))
         table = {"step": self.step, "faces": len(self.valid)}
         for name, scores in rows.items():
@@ -607,8 +594,7 @@ class Report:
                     -table["hallucination_realism"] * table["hallucination_auc"])
         if self.step > self.config.warmup and (not self.best or best > self.best):
             self.best = best
-            save_checkpoint(self.out / "best.pt", self.nets.ema, step=self.step)
-        self.since += time.perf_counter() - began
+            save_checkpoint(self.out / "best.pt", self.nets.ema, step=self.step, best=best)
 
     def append(self, name: str, row: dict):
         """One more line of a table: each row names its own columns."""
@@ -628,7 +614,7 @@ class Report:
         state = {part: getattr(self.nets, part).state_dict()
                  for part in ("G", "D_I", "D_g", "opt_G", "opt_D")}
         save_checkpoint(self.out / "last.pt", self.nets.ema, **state, step=self.step,
-                        best=self.best, config=asdict(self.config),
+                        config=asdict(self.config),
                         run={flag: getattr(self.arguments, flag) for flag in RUN})
 
     def finish(self):
@@ -688,8 +674,7 @@ def calibrate(generator, config, device, faces: int = 100, samples: int = 10) ->
     rng = torch.Generator().manual_seed(0)
     z = draw_z((samples, faces, config.z_dim, *lr.shape[-2:]), config.z_shared, rng)
     made = torch.stack([sample(generator, lr, latent.to(device)).cpu() for latent in z])
-    made = to_levels(made)                                      # (K, N, 3, H, W)
-    error = torch.stack([(made - to_levels(one)).square().mean((2, 3, 4))
+    error = torch.stack([(made - one).square().mean((2, 3, 4))
                          for one in truth])                     # (16, K, N)
     nearest = error.argmin(0)                                   # (K, N)
     opposite = error.gather(0, (nearest[None] + 8) % 16)[0]     # (K, N)
@@ -703,8 +688,7 @@ def calibrate(generator, config, device, faces: int = 100, samples: int = 10) ->
 
 # What a run is made of beside its Config: kept in its checkpoints, and taken up by
 # --resume.
-RUN = dict(data=None, val=None, drawn=2000, val_faces=128, val_every=500, log_every=50,
-           amp=None)
+RUN = ("data", "val", "drawn", "val_faces", "val_every", "log_every", "amp")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -724,10 +708,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="bfloat16 (default: on a CUDA GPU that has it)")
     run("--graph", action=argparse.BooleanOptionalAction, default=True,
         help="on a CUDA GPU, replay the step as a CUDA graph (default: yes)")
-    run("--drawn", type=count, help="faces to draw (default: 2000)")
-    run("--val-faces", type=count, help="faces to validate on (default: 128)")
-    run("--val-every", type=count, help="steps between scores (default: 500)")
-    run("--log-every", type=count, help="steps between log lines (default: 50)")
+    run("--drawn", type=count, default=2000, help="faces to draw (default: 2000)")
+    run("--val-faces", type=count, default=128, help="faces to validate on (default: 128)")
+    run("--val-every", type=count, default=500, help="steps between scores (default: 500)")
+    run("--log-every", type=count, default=50, help="steps between log lines (default: 50)")
     method = parser.add_argument_group("settings").add_argument
     for name, paper, photos, drawn, section, meaning in SETTINGS:
         how = {"type": type(paper)}
@@ -740,21 +724,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
     """Arguments, settings, and the checkpoint to resume. A flag beats preset and checkpoint."""
-    arguments = build_parser().parse_args(words)
+    parser = build_parser()
+    arguments = parser.parse_args(words)
     content = None
     if arguments.resume:
         content = load_run(arguments)
         values = content["run"] | content["config"]
     else:
-        values = RUN | PRESETS[arguments.preset or ("photos" if arguments.data else "drawn")]
+        values = dict(PRESETS[arguments.preset or ("photos" if arguments.data else "drawn")])
         if arguments.steps:
             # A short run must reach z too.
             values["warmup"] = min(values["warmup"], arguments.steps // 2)
         if arguments.init:
             values["warmup"] = 0  # a trained G knows the reconstruction
-    for name, value in values.items():
-        if getattr(arguments, name, None) is None:
-            setattr(arguments, name, value)
+    arguments = parser.parse_args(words, argparse.Namespace(**values))
     for name in ("data", "val"):
         if getattr(arguments, name):  # to be found from wherever the run is resumed
             setattr(arguments, name, os.path.abspath(getattr(arguments, name)))
@@ -794,8 +777,6 @@ def main(words=None):
     if not arguments.data and "OMP_NUM_THREADS" not in os.environ:
         # Small images gain little from a second thread, and lose much beside a busy program.
         torch.set_num_threads(1)
-    # Adam warns that it might be replayed by a CUDA graph and, at first, is not.
-    warnings.filterwarnings("ignore", message=".*constructed with capturable=True")
     print(f"differs from --preset paper in: {differences(config)}")
     amp = in_bfloat16(arguments)
     # Before the faces are read, which may take minutes: weights may be missing.
@@ -808,7 +789,7 @@ def main(words=None):
     print(f"{len(faces)} faces of {config.size}x{config.size} to train on, {len(valid)} to "
           f"validate on; {config.steps} steps (--steps for a shorter run), seed {config.seed}, "
           f"{arguments.device}, {'bfloat16' if amp else 'float32'}")
-    report = Report(config, arguments, nets, faces, valid, content)
+    report = Report(config, arguments, nets, faces, valid)
     train(config, arguments, nets, report, faces, content["step"] if content else 0)
 
 
