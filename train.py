@@ -692,7 +692,7 @@ RUN = ("data", "val", "drawn", "val_faces", "val_every", "log_every", "amp")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The run's own flags, and one per setting. What is not said stays None."""
+    """The run's own flags, and one per setting. A setting that is not said stays None."""
     parser = argparse.ArgumentParser(description="Train hallusr, on photos or drawn faces.")
     run = parser.add_argument_group("the run").add_argument
     run("--data", type=path_argument, help="a folder of photos (default: drawn faces)")
@@ -737,6 +737,7 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
             values["warmup"] = min(values["warmup"], arguments.steps // 2)
         if arguments.init:
             values["warmup"] = 0  # a trained G knows the reconstruction
+    # Once more, over these values: argparse changes only those that a flag names.
     arguments = parser.parse_args(words, argparse.Namespace(**values))
     for name in ("data", "val"):
         if getattr(arguments, name):  # to be found from wherever the run is resumed
