@@ -708,10 +708,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="bfloat16 (default: on a CUDA GPU that has it)")
     run("--graph", action=argparse.BooleanOptionalAction, default=True,
         help="on a CUDA GPU, replay the step as a CUDA graph (default: yes)")
-    run("--drawn", type=count, default=2000, help="faces to draw (default: 2000)")
-    run("--val-faces", type=count, default=128, help="faces to validate on (default: 128)")
-    run("--val-every", type=count, default=500, help="steps between scores (default: 500)")
-    run("--log-every", type=count, default=50, help="steps between log lines (default: 50)")
+    run("--drawn", type=count, default=2000, help="faces to draw (default: %(default)s)")
+    run("--val-faces", type=count, default=128, help="faces to validate on (default: %(default)s)")
+    run("--val-every", type=count, default=500, help="steps between scores (default: %(default)s)")
+    run("--log-every", type=count, default=50, help="steps between lines (default: %(default)s)")
     method = parser.add_argument_group("settings").add_argument
     for name, paper, photos, drawn, section, meaning in SETTINGS:
         how = {"type": type(paper)}
