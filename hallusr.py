@@ -190,7 +190,7 @@ def energy_score(a, b, truth) -> torch.Tensor:
     def distance(p, q):
         # The channels at one place are one vector. The 1e-6 gives the root a slope at 0.
         return ((p - q).square().mean(1) + 1e-6).sqrt().mean()
-    # A ruin in one sample costs nothing, in both much. (8) pays for both.
+    # A ruin in one sample costs nothing, in both much. (8) rewards both.
     return (distance(a, truth) + distance(b, truth) - distance(a, b)) / 2
 
 
@@ -331,7 +331,7 @@ class UpBlock(nn.Module):
         # Nearest, then a convolution: a transposed one leaves a checkerboard.
         features = fn.interpolate(features, scale_factor=2)     # (N, in,  2H, 2W)
         features = activation(self.shared(features))            # (N, out, 2H, 2W)
-        # The skip keeps low frequencies such as colour: a block only adds detail.
+        # The skip keeps low frequencies such as colour: the heads only add detail.
         image = fn.interpolate(image, scale_factor=2, mode="bilinear")
         image = image + self.image_head(features)               # (N, 3,   2H, 2W)
         # Twice as large, the same edge is half as steep.

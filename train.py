@@ -56,7 +56,7 @@ SETTINGS = [
     ("blocks",           8,     8,     1,     "Fig. 2", "residual blocks in G"),
     ("d_blocks",         8,     2,     1,     "3.2",    "residual blocks in each D"),
     ("z_dim",            64,    4,     4,     "open",   "numbers in z"),
-    ("z_shared",         1.0,   0.7,   1.0,   "2",      "z from one vector (1) to a map (0)"),
+    ("z_shared",         1.0,   0.7,   1.0,   "2",      "1: z is one vector, 0: a map"),
     ("hard_consistency", False, True,  True,  "(9)",    "make DS(image) = LR inside G"),
     ("d_features",       False, True,  False, "3.2",    "D_I sees VGG-16's features too"),
     ("eps",              12.75, 12.75, 12.75, "4.2",    "F ignores so many grey levels"),
@@ -155,7 +155,7 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
 
 
 def warmup_step(nets, config, hr, lr, zero) -> dict:
-    """A step of G alone, at z = 0: (10) without L_adv. z means nothing yet."""
+    """A step of G alone, at z = 0: (10) without L_adv, and L1 on pixels."""
     with nets.autocast:
         sr = nets.G(lr, zero)                                   # (1)
     fit = distances(nets, sr, hr)
@@ -214,7 +214,7 @@ def r1_of_both(nets, real: dict, F_real: torch.Tensor) -> torch.Tensor:
     """R1 of D_I and D_g, without autocast: a slope of a slope needs all digits."""
     images = [image.detach().requires_grad_() for image in real["image"]]
     gradients = [edges.detach().requires_grad_() for edges in real["gradient"]]
-    # Down to the pixels: through VGG-16, what is gentle at its features is steep.
+    # Down to the pixels: a D gentle at VGG-16's features may be steep there.
     seen = images if nets.phi is None else beside_features(images, nets.phi)
     of_D_I = r1_penalty(nets.D_I(seen, F_real), images)
     of_D_g = r1_penalty(nets.D_g(gradients), gradients)
@@ -319,7 +319,7 @@ class Networks:
         self.D_I = Discriminator(config.width, config.scale, config.d_blocks,
                                  condition_channels=3, with_vgg=config.d_features)
         self.D_g = Discriminator(config.width, config.scale, config.d_blocks)
-        # VGG-16, never trained, up to the layer as small as G's coarsest image.
+        # VGG-16, frozen, up to the layer as small as G's coarsest image.
         self.phi = None
         if config.d_features:
             self.phi = PerceptualLoss(list(VGG_LAYERS)[len(self.G.up_blocks) - 1]).to(device)
