@@ -317,13 +317,16 @@ class UpBlock(nn.Module):
     """Enlarge features twofold, with the image and the gradient read off them (Fig. 3).
 
     forward takes features (N, in, H, W), image and gradient (N, 3, H, W), and returns
-    all three, twice as large. Needs: output_head, conv3x3, near_zero, activation.
+    all three, twice as large. Needs: ResidualBlock, output_head, conv3x3, near_zero,
+    activation.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, blocks: int = 0):
         super().__init__()
         # Shared: what the gradient teaches of structure, the image can use.
         self.shared = conv3x3(in_channels, out_channels)
+        # Fig. 3's "convolution block" may hold more than one convolution.
+        self.blocks = nn.Sequential(*[ResidualBlock(out_channels) for _ in range(blocks)])
         self.image_head = output_head(out_channels)
         self.gradient_head = output_head(out_channels)
 
@@ -331,6 +334,7 @@ class UpBlock(nn.Module):
         # Nearest, then a convolution: a transposed one leaves a checkerboard.
         features = fn.interpolate(features, scale_factor=2)     # (N, in,  2H, 2W)
         features = activation(self.shared(features))            # (N, out, 2H, 2W)
+        features = self.blocks(features)                        # (N, out, 2H, 2W)
         # The skip keeps low frequencies such as colour: the heads only add detail.
         image = fn.interpolate(image, scale_factor=2, mode="bilinear")
         image = image + self.image_head(features)               # (N, 3,   2H, 2W)
@@ -382,13 +386,14 @@ class Generator(nn.Module):
 
     def __init__(self, size: int = 64, scale: int = 8, z_dim: int = 64,
                  z_shared: float = 1.0, width: int = 32, blocks: int = 8,
-                 hard_consistency: bool = False):
+                 fine_blocks: int = 0, hard_consistency: bool = False):
         super().__init__()
         check_architecture(width, scale, blocks)
         require(z_dim >= 1, f"z_dim must be 1 or more, got {z_dim}")
         # These and the weights are all that a saved generator needs.
         self.settings = dict(size=size, scale=scale, z_dim=z_dim, z_shared=z_shared,
-                             width=width, blocks=blocks, hard_consistency=hard_consistency)
+                             width=width, blocks=blocks, fine_blocks=fine_blocks,
+                             hard_consistency=hard_consistency)
         self.scale = scale
         self.z_dim = z_dim
         self.hard_consistency = hard_consistency
@@ -399,7 +404,7 @@ class Generator(nn.Module):
         self.first_conv.weight.data[:, 3:] *= 0.1
         self.trunk = nn.Sequential(*[ResidualBlock(channels[0]) for _ in range(blocks)])
         self.up_blocks = nn.ModuleList(
-            UpBlock(more, fewer) for more, fewer in zip(channels, channels[1:]))
+            UpBlock(more, fewer, fine_blocks) for more, fewer in zip(channels, channels[1:]))
 
     def forward(self, lr, z):
         require_images(lr, "lr", channels=3)
@@ -824,10 +829,11 @@ def load_generator(path: str | Path, device: str = "cpu") -> Generator:
     """
     content = load_checkpoint(path)
     wanted = set(Generator(width=1, blocks=1).settings)
-    found = set(content["settings"])
+    settings = {"fine_blocks": 0} | content["settings"]  # older files do not name it
+    found = set(settings)
     require(wanted == found, f"{path} has other settings than this version's: "
                              f"{sorted(wanted ^ found)} in one alone")
-    generator = Generator(**content["settings"]).float()  # whatever torch's default is
+    generator = Generator(**settings).float()  # whatever torch's default is
     load_weights(generator, content["generator"], path)
     return generator.to(device).eval().requires_grad_(False)
 

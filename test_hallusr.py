@@ -185,7 +185,7 @@ CALLS = {
     "near_zero": lambda m, _: m.near_zero(torch.nn.Conv2d(3, 4, 3))(X),
     "ResidualBlock": lambda m, _: m.ResidualBlock(3)(X),
     "output_head": lambda m, _: m.output_head(3)(X),
-    "UpBlock": lambda m, _: m.UpBlock(3, 4)(X, X, X),
+    "UpBlock": lambda m, _: m.UpBlock(3, 4, 1)(X, X, X),
     "DownBlock": lambda m, _: m.DownBlock(3, 4)(X, m.DownBlock(3, 3).from_pixels(X)),
     "channels_at": lambda m, _: m.channels_at(3, 4),
     "Generator": lambda m, _: m.Generator(**G4, hard_consistency=True)(LR, Z),
@@ -392,12 +392,16 @@ def plain(module, name, x, padding=1):
     return fn.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=padding)
 
 
-def test_up_block_adds_detail_from_shared_features_to_the_enlarged_pictures():
-    block, features = UpBlock(6, 4), torch.randn(2, 6, 4, 4)
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_up_block_adds_detail_from_shared_features_to_the_enlarged_pictures(blocks):
+    block, features = UpBlock(6, 4, blocks), torch.randn(2, 6, 4, 4)
     image, gradient = images(2, 3, 4, 4), images(2, 3, 4, 4)
     new, larger_image, larger_gradient = block(features, image, gradient)
     doubled = features.repeat_interleave(2, 2).repeat_interleave(2, 3)
     shared = fn.leaky_relu(plain(block, "shared", doubled), 0.2)
+    for i in range(blocks):
+        hidden = fn.leaky_relu(plain(block, f"blocks.{i}.conv1", shared), 0.2)
+        shared = shared + plain(block, f"blocks.{i}.conv2", hidden)
     torch.testing.assert_close(new, shared)
     for picture, larger, head, steepness in (
             (image, larger_image, "image_head", 1.0),
@@ -1155,7 +1159,8 @@ def test_checkpoint_loads_with_plain_torch_and_gives_the_same_images(tmp_path):
     for name in ("full.pt", "half.pt"):
         loaded = hallusr.load_generator(tmp_path / name)
         assert not loaded.training and loaded.z_dim == 5
-        assert loaded.settings == dict(**G4, z_shared=0.25, hard_consistency=False)
+        assert loaded.settings == dict(**G4, z_shared=0.25, fine_blocks=0,
+                                       hard_consistency=False)
         assert torch.equal(loaded(lr, z)["image"][-1], G.float()(lr, z)["image"][-1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full.pt", "half.pt"]
 
@@ -2191,11 +2196,13 @@ def test_samples_are_of_z_0_and_of_noise_as_the_model_knows_it(tmp_path):
 
 
 def test_settings_reach_the_networks():
-    config = tiny(size=24, z_shared=0.3, blocks=3, d_blocks=2, hard_consistency=True)
+    config = tiny(size=24, z_shared=0.3, blocks=3, fine_blocks=1, d_blocks=2,
+                  hard_consistency=True)
     nets = train.Networks(config, "cpu")
     assert nets.G.settings == dict(size=24, scale=4, z_dim=5, z_shared=0.3, width=3, blocks=3,
-                                   hard_consistency=True)
+                                   fine_blocks=1, hard_consistency=True)
     assert len(nets.G.trunk) == 3
+    assert [len(up_block.blocks) for up_block in nets.G.up_blocks] == [1, 1]
     assert [len(D.trunk) + 1 for D in (nets.D_I, nets.D_g)] == [2, 2]  # its last block takes F
     assert nets.phi is None  # VGG-16 is not asked for
 

@@ -53,7 +53,8 @@ SETTINGS = [
     ("size",             64,    64,    32,    "open",   "side of the large image, pixels"),
     ("scale",            8,     8,     8,     "4.1",    "times that LR is smaller: a power of 2"),
     ("width",            32,    40,    8,     "open",   "channels at full size, more at coarser"),
-    ("blocks",           8,     8,     1,     "Fig. 2", "residual blocks in G"),
+    ("blocks",           8,     8,     1,     "Fig. 2", "residual blocks in G, at LR's size"),
+    ("fine_blocks",      0,     1,     0,     "open",   "residual blocks in each UpBlock"),
     ("d_blocks",         8,     2,     1,     "3.2",    "residual blocks in each D"),
     ("z_dim",            64,    4,     4,     "open",   "numbers in z"),
     ("z_shared",         1.0,   0.7,   1.0,   "2",      "1: z is one vector, 0: a map"),
@@ -314,7 +315,8 @@ class Networks:
     def __init__(self, config, device, amp: bool = False):
         torch.manual_seed(config.seed)
         self.G = Generator(config.size, config.scale, config.z_dim, config.z_shared,
-                           config.width, config.blocks, config.hard_consistency)
+                           config.width, config.blocks, config.fine_blocks,
+                           config.hard_consistency)
         self.ema = copy.deepcopy(self.G).requires_grad_(False)
         self.D_I = Discriminator(config.width, config.scale, config.d_blocks,
                                  condition_channels=3, with_vgg=config.d_features)
