@@ -2659,6 +2659,15 @@ def test_a_run_knows_its_photos_from_anywhere(tmp_path, monkeypatch, capsys):
     assert "4 faces of 16x16 to train on, 3 to" in capsys.readouterr().out
 
 
+def test_a_file_that_does_not_name_fine_blocks_has_none(tmp_path):
+    G = Generator(**G4)
+    del G.settings["fine_blocks"]
+    hallusr.save_checkpoint(tmp_path / "older.pt", G)
+    loaded = hallusr.load_generator(tmp_path / "older.pt")
+    assert loaded.settings["fine_blocks"] == 0
+    assert torch.equal(loaded.first_conv.weight, G.first_conv.weight)
+
+
 def settings_of(words):
     return train.prepare(shlex.split(words))[1]
 
