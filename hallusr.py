@@ -449,26 +449,28 @@ def beside_features(images: list[torch.Tensor], phi: nn.Module) -> list[torch.Te
     return [torch.cat(both, 1) for both in zip(images, reversed(features))]
 
 
-def splice(hr: torch.Tensor, lr: torch.Tensor, circles: torch.Tensor) -> tuple:
-    """Photographs, each with a circle of another's detail: not in the paper.
+def splice(image, other, lr, circles) -> tuple:
+    """Images, each with a circle of another one's detail: not in the paper.
 
-    hr (B, 3, H, W), lr (B, 3, h, w), circles (B, 3) uniform in [0, 1] -> images (B, 3, H, W)
-    with the same LR, and how much of each LR pixel is inside, (B, 1, h, w) in [0, 1].
+    image, other (B, 3, H, W), lr of image (B, 3, h, w), circles (B, 3) uniform in [0, 1]
+    -> images (B, 3, H, W) that shrink to lr, and how much of each LR pixel lies in the
+    circle, (B, 1, h, w) in [0, 1].
     Needs: downscale, upscale_nearest, project_onto_lr, scale_between.
     """
-    factor = scale_between(hr, lr)
-    # What LR does not tell; bilinear, as blocks would give the circle away.
-    detail = hr - fn.interpolate(lr, scale_factor=factor, mode="bilinear")
-    change = detail.flip(0, -1) - detail  # the batch backwards, mirrored
-
-    side = hr.shape[-1]
+    factor = scale_between(image, lr)
+    side = image.shape[-1]
     x, y, radius = circles.view(-1, 3, 1, 1, 1).unbind(1)       # (B, 1, 1, 1) each
     radius = side * (0.1 + 0.2 * radius)
-    axis = torch.arange(side, device=hr.device) + 0.5
+    axis = torch.arange(side, device=image.device) + 0.5        # centres of pixels
     distance = torch.hypot(axis - side * x, axis[:, None] - side * y)
     inside = torch.sigmoid(radius - distance)                   # (B, 1, H, W), no hard edge
-    spliced = project_onto_lr(hr + inside * change, lr)         # (B, 3, H, W)
-    return spliced, downscale(inside, factor)
+
+    def detail(picture):
+        # Less what its LR says, enlarged without blocks, which would give the circle away.
+        coarse = downscale(picture, factor)
+        return picture - fn.interpolate(coarse, scale_factor=factor, mode="bilinear")
+    mixed = image + inside * (detail(other) - detail(image))
+    return project_onto_lr(mixed, lr), downscale(inside, factor)
 
 
 class Discriminator(nn.Module):

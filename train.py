@@ -98,7 +98,7 @@ def differences(config: Config) -> str:
 def training_step(nets, config, hr, z1, z2, circles, kind: str) -> dict:
     """One step of the discriminators, then one of G. Returns means for the log.
 
-    hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w), circles (B, 3) in [0, 1];
+    hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w), circles (B, 4) in [0, 1];
     nets: Networks; kind: what `kind_of` says of the step.
     """
     # LR is rounded, as a file is.
@@ -133,7 +133,7 @@ def training_step(nets, config, hr, z1, z2, circles, kind: str) -> dict:
         terms["R1"] = r1_of_both(nets, real, F_real)
         loss_D = loss_D + config.r1_every * config.r1_gamma / 2 * terms["R1"]
     if config.splice:
-        terms["splice"] = splice_loss(nets, hr, lr, circles)
+        terms["splice"] = splice_loss(nets, hr, h1["image"][-1], h2["image"][-1], lr, circles)
         loss_D = loss_D + terms["splice"]
     update(nets.opt_D, loss_D)
 
@@ -212,9 +212,16 @@ def judge_splice(nets, pictures: dict) -> torch.Tensor:
         return nets.D_splice(pictures["image"]).float()
 
 
-def splice_loss(nets, hr, lr, circles) -> torch.Tensor:
-    """Cross entropy of where D_splice sees another's detail in photographs."""
-    spliced, inside = splice(hr, lr, circles)
+def splice_loss(nets, hr, h1, h2, lr, circles) -> torch.Tensor:
+    """Cross entropy of where D_splice sees another's detail.
+
+    In half of the batch a photograph has another's, in half one hallucination another's
+    of the same LR: else G would learn a texture that D_splice takes for whole.
+    """
+    photograph = (circles[:, 0] < 0.5).view(-1, 1, 1, 1)
+    image = torch.where(photograph, hr, h1.detach())
+    other = torch.where(photograph, hr.flip(0, -1), h2.detach())  # the batch backwards, mirrored
+    spliced, inside = splice(image, other, lr, circles[:, 1:])
     logits = judge_splice(nets, with_features(nets, as_G_makes(nets, quantize(spliced))))
     return binary_cross_entropy_with_logits(logits, 1 - inside)
 
@@ -446,7 +453,7 @@ def batch_at(faces: torch.Tensor, config, step: int, device) -> tuple:
     mirrored = torch.rand(config.batch, 1, 1, 1, generator=rng) < 0.5
     small = config.size // config.scale
     z1, z2 = draw_z((2, config.batch, config.z_dim, small, small), config.z_shared, rng)
-    circles = torch.rand(config.batch, 3, generator=rng)
+    circles = torch.rand(config.batch, 4, generator=rng)
     hr = faces[chosen]
     hr = torch.where(mirrored, hr.flip(-1), hr)
     z1 = z1.to(device, non_blocking=True)
