@@ -449,30 +449,6 @@ def beside_features(images: list[torch.Tensor], phi: nn.Module) -> list[torch.Te
     return [torch.cat(both, 1) for both in zip(images, reversed(features))]
 
 
-def splice(image, other, lr, circles) -> tuple:
-    """Images, each with a circle of another one's detail: not in the paper.
-
-    image, other (B, 3, H, W), lr of image (B, 3, h, w), circles (B, 3) uniform in [0, 1]
-    -> images (B, 3, H, W) that shrink to lr, and how much of each LR pixel lies in the
-    circle, (B, 1, h, w) in [0, 1].
-    Needs: downscale, upscale_nearest, project_onto_lr, scale_between.
-    """
-    factor = scale_between(image, lr)
-    side = image.shape[-1]
-    x, y, radius = circles.view(-1, 3, 1, 1, 1).unbind(1)       # (B, 1, 1, 1) each
-    radius = side * (0.1 + 0.2 * radius)
-    axis = torch.arange(side, device=image.device) + 0.5        # centres of pixels
-    distance = torch.hypot(axis - side * x, axis[:, None] - side * y)
-    inside = torch.sigmoid(radius - distance)                   # (B, 1, H, W), no hard edge
-
-    def detail(picture):
-        # Less what its LR says, enlarged without blocks, which would give the circle away.
-        coarse = downscale(picture, factor)
-        return picture - fn.interpolate(coarse, scale_factor=factor, mode="bilinear")
-    mixed = image + inside * (detail(other) - detail(image))
-    return project_onto_lr(mixed, lr), downscale(inside, factor)
-
-
 class Discriminator(nn.Module):
     """D_I or D_g: G mirrored, for one domain, all resolutions at once (section 3.2).
 

@@ -191,7 +191,6 @@ CALLS = {
     "Generator": lambda m, _: m.Generator(**G4, hard_consistency=True)(LR, Z),
     "sample": lambda m, _: m.sample(Generator(**G4), LR, Z),
     "beside_features": lambda m, _: m.beside_features([X], PerceptualLoss("relu1_2")),
-    "splice": lambda m, _: m.splice(X, X, LR, torch.full((2, 3), 0.5)),
     "Discriminator": lambda m, _: m.Discriminator(3, 8, 2, 3, True)(
         hallusr.beside_features(hallusr.pyramid(X, 3), PerceptualLoss("relu3_3")), LR),
     "psnr": lambda m, _: m.psnr(X, X),
@@ -1376,11 +1375,11 @@ def test_a_table_takes_a_row_whatever_its_columns(tmp_path):
     assert [json.loads(line) for line in lines[:3]] == rows and lines[3:] == [""]
 
 
-@pytest.mark.parametrize("frozen, moving", [("g", ["D_I", "D_g", "D_splice"]), ("d", ["G"])])
+@pytest.mark.parametrize("frozen, moving", [("g", ["D_I", "D_g"]), ("d", ["G"])])
 def test_each_step_moves_its_own_player(tmp_path, frozen, moving):
-    content = run_training(tmp_path, f"--learning-rate-{frozen}", "1e-30", "--splice", "1")
-    fresh = train.Networks(tiny(hard_consistency=True, splice=1.0), "cpu")
-    for name in ("G", "D_I", "D_g", "D_splice"):
+    content = run_training(tmp_path, f"--learning-rate-{frozen}", "1e-30")
+    fresh = train.Networks(tiny(hard_consistency=True), "cpu")
+    for name in ("G", "D_I", "D_g"):
         before, after = getattr(fresh, name).state_dict(), content[name]
         same = [torch.allclose(before[key], after[key], rtol=0, atol=1e-20) for key in before]
         assert not any(same) if name in moving else all(same), name
@@ -1432,14 +1431,11 @@ def with_layers_of_vgg(vgg, pictures):
 
 
 def bare_copies(nets):
-    """The discriminators with the same weights."""
+    """D_I and D_g with the same weights."""
     copies = {"image": Discriminator(3, 4, 1, 3, nets.phi is not None),
               "gradient": Discriminator(3, 4, 1)}
     copies["image"].load_state_dict(nets.D_I.state_dict())
     copies["gradient"].load_state_dict(nets.D_g.state_dict())
-    if "D_splice" in nets.trained:
-        copies["splice"] = Discriminator(3, 4, 1, with_vgg=True)
-        copies["splice"].load_state_dict(nets.D_splice.state_dict())
     return copies
 
 
@@ -1477,16 +1473,13 @@ def share_won(real, fake):
 @pytest.mark.parametrize("beta, features", [(0.5, False), (0.0, False), (0.5, True)])
 def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta, features,
                                                        random_weights):
-    splice = 7.0 if features else 0.0
     config = tiny(gamma=2.0, beta=beta, alpha=3.0, energy=4.0, pixel=5.0, eps=0.3, warmup=5,
-                  splice=splice, r1_gamma=6.0, r1_every=every, learning_rate_g=1e-30, learning_rate_d=1e-3,
+                  r1_gamma=6.0, r1_every=every, learning_rate_g=1e-30, learning_rate_d=1e-3,
                   steps=10, d_features=features)
     kind = {None: "warm-up", 0: "plain"}.get(times, "with R1")
     nets, playing, edges = train.Networks(config, "cpu"), times is not None, hallusr.image_gradient
     nets.follow_schedule(config, step)
     hr, z1, z2 = levels(2, 3, 16, 16), *torch.randn(2, 2, 5, 4, 4)
-    circles = torch.rand(2, 4)
-    circles[:, 0] = torch.tensor([0.2, 0.7])  # a photograph's splice, and a hallucination's
     lr = hallusr.quantize(hallusr.downscale(hr, 4))
     sr, h1, h2 = [nets.G(lr, z) for z in (torch.zeros_like(z1), z1, z2)]
     F = [hallusr.excess(x["image"][-1], lr, 0.3) for x in (sr, h1)]
@@ -1500,7 +1493,7 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
     Ds = {"image": nets.D_I, "gradient": nets.D_g}
     before, calls = bare_copies(nets), []
     hook = nets.D_I.register_forward_hook(lambda _, __, logits: calls.append(len(logits)))
-    terms = train.training_step(nets, config, hr, z1, z2, circles, kind)
+    terms = train.training_step(nets, config, hr, z1, z2, kind)
     hook.remove()
     assert all(term.shape == () and not term.requires_grad for term in terms.values())
     judged = 2 if beta else 1  # of z1's image, and of the reconstruction
@@ -1521,21 +1514,10 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
             torch.testing.assert_close(terms[f"D_{domain}_fake"], on_h.mean())  # without SR's
             assert terms[f"D_{domain}_auc"].item() == share_won(on_real, on_h)
 
-    if splice and playing:
-        image = torch.stack([hr[0], h1["image"][-1][1].detach()])
-        other = torch.stack([hr[1].flip(-1), h2["image"][-1][1].detach()])
-        spliced, inside = hallusr.splice(image, other, lr, circles[:, 1:])
-        spliced = hallusr.quantize(spliced)
-        belongs = torch.sigmoid(before["splice"](vgg([hallusr.downscale(spliced, 2), spliced])))
-        loss = -((1 - inside) * belongs.log() + inside * (1 - belongs).log()).mean()
-        assert_left(nets.D_splice, torch.autograd.grad(loss, list(before["splice"].parameters())))
-        torch.testing.assert_close(terms["splice"], loss.detach())
-
     # G has not moved, D has: what is left in G is its objective against the D just improved.
     def adversarial(x, k):
-        return sum(-torch.sigmoid(after[domain](shown[domain](x[domain]),
-                                                F[k] if domain == "image" else None)).log().mean()
-                   for domain in Ds)
+        return sum(-torch.sigmoid(D(shown[domain](x[domain]), F[k] if domain == "image" else None))
+                   .log().mean() for domain, D in after.items())
     pixels = (sr["image"][-1] - hr).abs().mean()  # perceptual="pixels": (6) is the same
     loss = 2 * pixels + 5 * pixels
     loss = loss + 2 * (sr["gradient"][-1] - real["gradient"][-1]).abs().mean()
@@ -1545,9 +1527,6 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
         scores = [energy(*seen) for domain in Ds for seen in
                   zip(*(shown[domain](x[domain]) for x in (real, h1, h2)))]
         loss = loss + 4 * sum(scores) / 4  # two domains at two resolutions
-        if splice:
-            belongs = torch.sigmoid(after["splice"](vgg(h1["image"])))
-            loss = loss - 7 * belongs.log().mean()
         torch.testing.assert_close(terms["L_z"], l_z.clamp(max=config.tau).mean())
     assert_left(nets.G, torch.autograd.grad(loss, list(nets.G.parameters())))
 
@@ -1557,39 +1536,6 @@ def test_what_a_step_is_depends_on_its_number_alone():
     kinds = [train.kind_of(config, step) for step in range(10)]
     assert kinds == ["warm-up"] * 3 + ["plain", "with R1"] + ["plain"] * 3 + ["with R1", "plain"]
     assert {train.kind_of(tiny(), step) for step in range(5)} == {"with R1"}  # the paper's
-
-
-def test_splice_against_a_loop_over_pixels():
-    image, other = levels(2, 3, 3, 16, 16)
-    lr = hallusr.quantize(hallusr.downscale(image, 4))
-    circles = torch.tensor([[0.5, 0.5, 0.5], [0.0, 1.0, 0.0], [0.3, 0.6, 1.0]])
-    spliced, inside = hallusr.splice(image, other, lr, circles)
-    detail = [x - fn.interpolate(fn.avg_pool2d(x, 4), (16, 16), mode="bilinear")
-              for x in (image, other)]
-    for n, (x, y, size) in enumerate(circles.tolist()):
-        share, mixed = torch.zeros(16, 16), image[n].clone()
-        for i in range(16):
-            for j in range(16):
-                away = math.hypot(j + 0.5 - 16 * x, i + 0.5 - 16 * y)
-                share[i, j] = 1 / (1 + math.exp(away - 16 * (0.1 + 0.2 * size)))
-                mixed[:, i, j] += share[i, j] * (detail[1] - detail[0])[n, :, i, j]
-        for i in range(0, 16, 4):
-            for j in range(0, 16, 4):
-                place = mixed[:, i:i + 4, j:j + 4]
-                place += (lr[n, :, i // 4, j // 4] - place.mean((1, 2)))[:, None, None]
-                covered = share[i:i + 4, j:j + 4].mean().item()
-                assert inside[n, 0, i // 4, j // 4] == pytest.approx(covered, abs=1e-6)
-        torch.testing.assert_close(spliced[n], mixed, rtol=0, atol=1e-5)
-
-
-def test_a_splice_brings_another_s_detail_to_its_place_alone():
-    flat = torch.zeros(1, 3, 16, 16)
-    stripes = ((torch.arange(16) % 2) - 0.5).expand(1, 3, 16, 16)  # its LR is flat too
-    circle = torch.tensor([[0.25, 0.25, 0.5]])
-    spliced, inside = hallusr.splice(flat, stripes, torch.zeros(1, 3, 4, 4), circle)
-    rough = spliced[0].abs().mean(0)
-    assert rough[4, 4] > 0.4 and rough[12, 12] < 0.01
-    assert inside[0, 0, 1, 1] > 0.5 and inside[0, 0, 3, 3] < 0.01
 
 
 def test_auc_of_d_against_a_loop_over_pairs():
@@ -1816,11 +1762,9 @@ def test_batches_draw_every_face_and_its_mirror_and_differ_by_seed():
 
 def test_batches_share_noise_between_pixels_as_the_setting_says():
     config = tiny(z_shared=0.5, batch=4000)
-    _, z1, _, circles = train.batch_at(torch.zeros(2, 3, 16, 16).byte(), config, 0, "cpu")
+    _, z1, _ = train.batch_at(torch.zeros(2, 3, 16, 16).byte(), config, 0, "cpu")
     shared = (z1[..., 0, 0] * z1[..., 3, 3]).mean().item()
     assert shared == pytest.approx(0.5 ** 2, abs=0.03)
-    assert circles.shape == (4000, 4) and circles.amin() >= 0 and circles.amax() <= 1
-    assert circles.mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 def test_nan_stops_training_and_overwrites_nothing(tmp_path, monkeypatch):
@@ -1969,15 +1913,15 @@ def test_what_is_logged_is_a_mean_of_copies(tmp_path, monkeypatch):
 
 
 def one_step(nets, config, device, step):
-    batch = train.batch_at(torch.zeros(3, 3, 16, 16).byte(), config, step, device)
+    hr, z1, z2 = train.batch_at(torch.zeros(3, 3, 16, 16).byte(), config, step, device)
     nets.follow_schedule(config, step)
-    terms = train.training_step(nets, config, *batch, train.kind_of(config, step))
+    terms = train.training_step(nets, config, hr, z1, z2, train.kind_of(config, step))
     nets.update_ema(config.ema, step)
     return terms
 
 
 @pytest.mark.parametrize("changes", [{}, dict(d_features=True, hard_consistency=True, beta=0.0,
-                                              energy=1.0, splice=1.0, decay=1.0)])
+                                              energy=1.0, decay=1.0)])
 def test_an_update_neither_waits_for_the_device_nor_mixes_devices(changes, random_weights):
     # On the meta device a value that is asked for, or a tensor of another device, is an error.
     config = tiny(warmup=1, r1_every=2, pixel=1.0, **changes)
@@ -2004,7 +1948,7 @@ def test_rates_reach_the_step_through_tensors_that_stay():
         optimizer.param_groups[0]["lr"] = torch.zeros((), dtype=torch.float64)
     places = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     pointers = [place.data_ptr() for place in places]
-    batch = levels(2, 3, 16, 16), *torch.randn(2, 2, 5, 4, 4), torch.rand(2, 4)
+    batch = levels(2, 3, 16, 16), *torch.randn(2, 2, 5, 4, 4)
     for step, factor in ((1, 0.1 ** 0.25), (3, 0.1 ** 0.75)):
         by_tensor.follow_schedule(config, step)
         by_number.opt_G.param_groups[0]["lr"] = 1e-3 * factor
@@ -2252,15 +2196,14 @@ def test_samples_are_of_z_0_and_of_noise_as_the_model_knows_it(tmp_path):
 
 
 def test_settings_reach_the_networks():
-    config = tiny(size=24, z_shared=0.3, blocks=3, fine_blocks=1, d_blocks=2, splice=1.0,
+    config = tiny(size=24, z_shared=0.3, blocks=3, fine_blocks=1, d_blocks=2,
                   hard_consistency=True)
     nets = train.Networks(config, "cpu")
     assert nets.G.settings == dict(size=24, scale=4, z_dim=5, z_shared=0.3, width=3, blocks=3,
                                    fine_blocks=1, hard_consistency=True)
     assert len(nets.G.trunk) == 3
     assert [len(up_block.blocks) for up_block in nets.G.up_blocks] == [1, 1]
-    Ds = nets.D_I, nets.D_g, nets.D_splice
-    assert [len(D.trunk) + 1 for D in Ds] == [2, 2, 2]  # D_I's last block takes F
+    assert [len(D.trunk) + 1 for D in (nets.D_I, nets.D_g)] == [2, 2]  # its last block takes F
     assert nets.phi is None  # VGG-16 is not asked for
 
 
@@ -2290,7 +2233,7 @@ def test_logits_and_r1_are_float32_under_bfloat16(monkeypatch):
         inside.append((given[0][0].requires_grad, torch.is_autocast_enabled("cpu"))),
         real(self, *given))[1])
     train.training_step(train.Networks(config, "cpu", amp=True), config, levels(2, 3, 16, 16),
-                        *torch.randn(2, 2, 5, 4, 4), torch.rand(2, 4), "with R1")
+                        *torch.randn(2, 2, 5, 4, 4), "with R1")
     assert seen == dict.fromkeys(seen, {torch.float32}) and len(seen) == 3
     assert (True, False) in inside and (False, True) in inside
 

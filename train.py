@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.utils import save_image
 
@@ -40,7 +39,7 @@ from hallusr import (VGG_LAYERS, Discriminator, Generator, PerceptualLoss, besid
                      energy_score, excess, from_levels, generator_loss, gradient_loss,
                      hallucination_loss, image_gradient, load_checkpoint, load_generator,
                      load_weights, pyramid, quantize, r1_penalty, reconstruction_loss, require,
-                     sample, save_checkpoint, splice, to_levels)
+                     sample, save_checkpoint, to_levels)
 from sample import (contact_sheet, count, evaluate, evenly, find_device, list_photos,
                     metrics_against, path_argument, read_photos, run_as_script, summarize)
 
@@ -68,7 +67,6 @@ SETTINGS = [
     ("alpha",            1.0,   0.0,   0.0,   "4.1",    "weight of L_z (8) in (11)"),
     ("tau",              1.0,   1.0,   1.0,   "open",   "ceiling of L_z (8)"),
     ("energy",           0.0,   10.0,  10.0,  "2.3",    "weight of the energy score"),
-    ("splice",           0.0,   3.0,   0.0,   "2.3",    "weight of D_splice, which sees tears"),
     ("pixel",            0.0,   10.0,  0.0,   "2.3",    "weight of L1 on pixels at z = 0"),
     ("warmup",           0,     3000,  500,   "2.3",    "first steps: G alone, at z = 0"),
     ("r1_gamma",         10.0,  0.1,   10.0,  "open",   "weight of R1, not (10)'s gamma"),
@@ -95,19 +93,20 @@ def differences(config: Config) -> str:
 
 # ---- One step ------------------------------------------------------------------------
 
-def training_step(nets, config, hr, z1, z2, circles, kind: str) -> dict:
-    """One step of the discriminators, then one of G. Returns means for the log.
+def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
+    """One step of both discriminators, then one of G. Returns means for the log.
 
-    hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w), circles (B, 4) in [0, 1];
-    nets: Networks; kind: what `kind_of` says of the step.
+    hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w); nets: Networks; kind: what
+    `kind_of` says of the step.
     """
     # LR is rounded, as a file is.
     lr = quantize(downscale(hr, config.scale))                  # (B, 3, h, w)
     if kind == "warm-up":
         return warmup_step(nets, config, hr, lr, torch.zeros_like(z1))
 
+    images = pyramid(hr, len(nets.G.up_blocks))
+    real = {"image": images, "gradient": [image_gradient(image) for image in images]}
     # Each is {"image", "gradient"}: lists, coarse to fine, to (B, 3, H, W).
-    real = as_G_makes(nets, hr)
     with nets.autocast:
         sr = nets.G(lr, torch.zeros_like(z1))                   # (1)
         h1 = nets.G(lr, z1)                                     # (2)
@@ -132,9 +131,6 @@ def training_step(nets, config, hr, z1, z2, circles, kind: str) -> dict:
         # Every r1_every steps, with as many times the weight: lazy R1, as in StyleGAN2.
         terms["R1"] = r1_of_both(nets, real, F_real)
         loss_D = loss_D + config.r1_every * config.r1_gamma / 2 * terms["R1"]
-    if config.splice:
-        terms["splice"] = splice_loss(nets, hr, h1["image"][-1], h2["image"][-1], lr, circles)
-        loss_D = loss_D + terms["splice"]
     update(nets.opt_D, loss_D)
 
     # G step: ask the D just improved again.
@@ -150,10 +146,7 @@ def training_step(nets, config, hr, z1, z2, circles, kind: str) -> dict:
     fit = distances(nets, sr, hr)
     recons = reconstruction_loss(fit["L_percp"], fit["L_grad"], adv_g, adv_i,
                                  config.gamma, config.beta)     # (10)
-    extra = config.pixel * fit["L_pixel"]  # all of `extra` is not in the paper
-    if config.splice:
-        terms["D_splice_fake"] = judge_splice(nets, seen_h)
-        extra = extra + config.splice * generator_loss(terms["D_splice_fake"])
+    extra = config.pixel * fit["L_pixel"]  # this and the energy score: not in the paper
     if config.energy:
         terms["energy"] = mean_energy(seen_real, seen_h, with_features(nets, h2))
         extra = extra + config.energy * terms["energy"]
@@ -184,12 +177,6 @@ def kind_of(config, step: int) -> str:
     return "with R1" if step % config.r1_every == 0 else "plain"
 
 
-def as_G_makes(nets, image: torch.Tensor) -> dict:
-    """An image and its gradient, as lists like G's."""
-    images = pyramid(image, len(nets.G.up_blocks))
-    return {"image": images, "gradient": [image_gradient(one) for one in images]}
-
-
 def with_features(nets, made: dict) -> dict:
     """Images beside their VGG-16 features, where D_I sees them; gradients as they are."""
     if nets.phi is None:
@@ -204,26 +191,6 @@ def judge(nets, pictures: dict, F: torch.Tensor) -> dict:
     with nets.autocast:
         return {"image": nets.D_I(pictures["image"], F).float(),
                 "gradient": nets.D_g(pictures["gradient"]).float()}
-
-
-def judge_splice(nets, pictures: dict) -> torch.Tensor:
-    """Logits (B, 1, h, w) of D_splice: > 0 says "this place belongs to its face"."""
-    with nets.autocast:
-        return nets.D_splice(pictures["image"]).float()
-
-
-def splice_loss(nets, hr, h1, h2, lr, circles) -> torch.Tensor:
-    """Cross entropy of where D_splice sees another's detail.
-
-    In half of the batch a photograph has another's, in half one hallucination another's
-    of the same LR: else G would learn a texture that D_splice takes for whole.
-    """
-    photograph = (circles[:, 0] < 0.5).view(-1, 1, 1, 1)
-    image = torch.where(photograph, hr, h1.detach())
-    other = torch.where(photograph, hr.flip(0, -1), h2.detach())  # the batch backwards, mirrored
-    spliced, inside = splice(image, other, lr, circles[:, 1:])
-    logits = judge_splice(nets, with_features(nets, as_G_makes(nets, quantize(spliced))))
-    return binary_cross_entropy_with_logits(logits, 1 - inside)
 
 
 def terms_of_D(on_real: dict, on_fake: dict) -> dict:
@@ -287,7 +254,7 @@ def update(optimizer, loss: torch.Tensor):
 class GraphedStep:
     """A step on a CUDA GPU, recorded once and then replayed: one launch for thousands.
 
-    step(hr, z1, z2, circles, kind) may read nothing back from the GPU, and what changes from step
+    step(hr, z1, z2, kind) may read nothing back from the GPU, and what changes from step
     to step must stand in tensors that live on.
     """
 
@@ -302,13 +269,13 @@ class GraphedStep:
         self.terms = {}
         self.failed = False
 
-    def __call__(self, hr, z1, z2, circles, kind):
+    def __call__(self, hr, z1, z2, kind):
         if self.failed:
-            return self.step(hr, z1, z2, circles, kind)
+            return self.step(hr, z1, z2, kind)
         if self.batch is None:
-            self.batch = [hr.clone(), z1.clone(), z2.clone(), circles.clone()]
+            self.batch = [hr.clone(), z1.clone(), z2.clone()]
         # A graph reads where it read when it was recorded.
-        for place, given in zip(self.batch, (hr, z1, z2, circles)):
+        for place, given in zip(self.batch, (hr, z1, z2)):
             place.copy_(given)
         if kind in self.graphs:
             self.graphs[kind].replay()
@@ -340,7 +307,7 @@ class GraphedStep:
 
 
 class Networks:
-    """All that a step works with: G, its average, D's, VGG-16 and two optimisers.
+    """All that a step works with: G, its average, D_I, D_g, VGG-16 and two optimisers.
 
     amp: forward passes in bfloat16. FileNotFoundError where VGG-16 is not to be had.
     """
@@ -354,18 +321,13 @@ class Networks:
         self.D_I = Discriminator(config.width, config.scale, config.d_blocks,
                                  condition_channels=3, with_vgg=config.d_features)
         self.D_g = Discriminator(config.width, config.scale, config.d_blocks)
-        self.trained = ["G", "D_I", "D_g"]
-        if config.splice:
-            self.D_splice = Discriminator(config.width, config.scale, config.d_blocks,
-                                          with_vgg=config.d_features)
-            self.trained.append("D_splice")
         # VGG-16, frozen, up to the layer as small as G's coarsest image.
         self.phi = None
         if config.d_features:
             self.phi = PerceptualLoss(list(VGG_LAYERS)[len(self.G.up_blocks) - 1]).to(device)
-        for name in ("ema", *self.trained):
+        for network in (self.G, self.ema, self.D_I, self.D_g):
             # The layout in which convolutions are fastest.
-            getattr(self, name).to(device, memory_format=torch.channels_last)
+            network.to(device, memory_format=torch.channels_last)
         pixels = config.perceptual == "pixels"
         perceptual = torch.nn.L1Loss() if pixels else PerceptualLoss(config.perceptual)
         self.perceptual = perceptual.to(device)                 # (6)
@@ -378,8 +340,8 @@ class Networks:
         # Section 4.1: beta_1 = 0. With momentum each player would overshoot the other.
         options = dict(betas=(0.0, 0.9), fused=device != "meta", capturable=on_gpu)
         self.opt_G = torch.optim.Adam(self.G.parameters(), **options)
-        of_D = [weight for name in self.trained[1:] for weight in getattr(self, name).parameters()]
-        self.opt_D = torch.optim.Adam(of_D, **options)
+        both = [*self.D_I.parameters(), *self.D_g.parameters()]
+        self.opt_D = torch.optim.Adam(both, **options)
         if on_gpu:
             # A CUDA graph would repeat a number: what changes stands in tensors.
             for optimizer in (self.opt_G, self.opt_D):
@@ -407,7 +369,7 @@ class Networks:
     def load(self, content: dict, path):
         """Take up the state of a checkpoint."""
         load_weights(self.ema, content["generator"], path)
-        for name in self.trained:
+        for name in ("G", "D_I", "D_g"):
             load_weights(getattr(self, name), content[name], path)
         for name in ("opt_G", "opt_D"):
             optimizer = getattr(self, name)
@@ -437,8 +399,8 @@ def train(config, arguments, nets, report, faces, start: int):
 
     for step in range(start, config.steps):
         nets.follow_schedule(config, step)
-        hr, z1, z2, circles = batch_at(faces, config, step, device)
-        terms = step_once(hr, z1, z2, circles, kind_of(config, step))
+        hr, z1, z2 = batch_at(faces, config, step, device)
+        terms = step_once(hr, z1, z2, kind_of(config, step))
         nets.update_ema(config.ema, step)
         if report.step_done(step + 1, terms):
             break
@@ -446,20 +408,18 @@ def train(config, arguments, nets, report, faces, start: int):
 
 
 def batch_at(faces: torch.Tensor, config, step: int, device) -> tuple:
-    """What training_step takes, from nothing but seed and step."""
+    """hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w), from nothing but seed and step."""
     # On the CPU, so that every device draws the same.
     rng = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     chosen = torch.randint(len(faces), (config.batch,), generator=rng)
     mirrored = torch.rand(config.batch, 1, 1, 1, generator=rng) < 0.5
     small = config.size // config.scale
     z1, z2 = draw_z((2, config.batch, config.z_dim, small, small), config.z_shared, rng)
-    circles = torch.rand(config.batch, 4, generator=rng)
     hr = faces[chosen]
     hr = torch.where(mirrored, hr.flip(-1), hr)
     z1 = z1.to(device, non_blocking=True)
     z2 = z2.to(device, non_blocking=True)
-    circles = circles.to(device, non_blocking=True)
-    return from_levels(hr.to(device, non_blocking=True)), z1, z2, circles
+    return from_levels(hr.to(device, non_blocking=True)), z1, z2
 
 
 # ---- Faces: drawn, or from a folder; both end as one uint8 tensor (N, 3, size, size) -
@@ -654,7 +614,7 @@ class Report:
     def save(self):
         """Write last.pt, from which --resume goes on, with the same data."""
         state = {part: getattr(self.nets, part).state_dict()
-                 for part in (*self.nets.trained, "opt_G", "opt_D")}
+                 for part in ("G", "D_I", "D_g", "opt_G", "opt_D")}
         save_checkpoint(self.out / "last.pt", self.nets.ema, **state, step=self.step,
                         config=asdict(self.config),
                         run={flag: getattr(self.arguments, flag) for flag in RUN})
