@@ -103,8 +103,7 @@ class PerceptualLoss(nn.Module):
 
     forward(sr, hr), both (N, 3, H, W) around [-1, 1], returns a scalar. embed(x) lists
     the features after every layer of VGG_LAYERS up to this one.
-    FileNotFoundError where the weights cannot be downloaded.
-    Needs: VGG_LAYERS, pretrained_features, cached_weights.
+    OSError where the weights cannot be downloaded. Needs: VGG_LAYERS, pretrained_features.
     """
 
     def __init__(self, layer: str = "relu2_2"):
@@ -552,8 +551,8 @@ class LPIPS(nn.Module):
 
     forward(a, b): two (N, 3, H, W) in [-1, 1], sides of 31 or more -> (N,). with_map
     gives a map (N, H, W) of it too. It does not round: quantize G's images first.
-    FileNotFoundError where the weights (the authors' own, BSD-2) cannot be downloaded.
-    Needs: pretrained_features, cached_weights.
+    OSError where the weights (the authors' own, BSD-2) cannot be downloaded.
+    Needs: pretrained_features.
     """
 
     URL = ("https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/"
@@ -563,10 +562,10 @@ class LPIPS(nn.Module):
     def __init__(self):
         super().__init__()
         self.features = pretrained_features(alexnet, AlexNet_Weights.IMAGENET1K_V1, 12)
-        names = [f"lin{i}.model.1.weight" for i in range(5)]
-        state = cached_weights(self.URL, names, self.FILE)
-        for i, name in enumerate(names):
-            self.register_buffer(f"weight{i}", state[name])
+        state = torch.hub.load_state_dict_from_url(
+            self.URL, map_location="cpu", file_name=self.FILE, weights_only=True)
+        for i in range(5):
+            self.register_buffer(f"weight{i}", state[f"lin{i}.model.1.weight"])
         mean = torch.tensor([-0.030, -0.088, -0.188], dtype=torch.float32)
         std = torch.tensor([0.458, 0.448, 0.450], dtype=torch.float32)
         self.register_buffer("mean", mean.view(1, 3, 1, 1))
@@ -623,7 +622,7 @@ class Realism(nn.Module):
     that of photographs (M, 3, H, W), in each of 4x4 regions, then the mean. Few images
     score worse than many: compare equal N and M. It minds a missing detail more than a
     torn one: look as well. Needs: PerceptualLoss, VGG_LAYERS, pretrained_features,
-    cached_weights, frechet_distance, quantize, to_levels, from_levels.
+    frechet_distance, quantize, to_levels, from_levels.
     """
 
     def __init__(self, photographs: torch.Tensor):
@@ -688,7 +687,7 @@ class TwoSampleAUC(nn.Module):
     forward(images (N, 3, H, W)) -> scalar, against photographs (M, 3, H, W): by means and
     deviations of VGG-16's relu1_2, relu2_2 and relu3_3 in 4x4 regions. Compare equal N
     and M. Needs: two_sample_auc, PerceptualLoss, VGG_LAYERS, pretrained_features,
-    cached_weights, quantize, to_levels, from_levels.
+    quantize, to_levels, from_levels.
     """
 
     def __init__(self, photographs: torch.Tensor):
@@ -851,34 +850,14 @@ def load_weights(module: nn.Module, state: dict, path: str | Path):
 
 
 def pretrained_features(build, weights, end: int) -> nn.Sequential:
-    """The first `end` modules of a network's `features`, frozen. Needs: cached_weights."""
+    """The first `end` modules of a torchvision network's `features`, frozen."""
     with torch.device("meta"):  # the network's shape, without its memory
         features = build().features[:end]
-    wanted = {name: "features." + name for name in features.state_dict()}
-    state = cached_weights(weights.url, wanted.values())
-    mine = {name: state[key] for name, key in wanted.items()}
-    features.load_state_dict(mine, assign=True)
+    state = torch.hub.load_state_dict_from_url(weights.url, map_location="cpu", weights_only=True)
+    own = {name: state["features." + name] for name in features.state_dict()}
+    features.load_state_dict(own, assign=True)
     features.to(memory_format=torch.channels_last)  # convolutions are fastest so
     return features.eval().requires_grad_(False)
-
-
-def cached_weights(url: str, names, file: str | None = None) -> dict:
-    """The named weights of the file at url, downloaded once to torch.hub's cache.
-
-    FileNotFoundError when it is not to be had, ValueError when it is damaged.
-    """
-    file = file or url.rsplit("/", 1)[-1]
-    place = Path(torch.hub.get_dir()) / "checkpoints" / file
-    try:
-        state = torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", file_name=file, weights_only=True)
-        return {name: state[name] for name in names}
-    except OSError as error:
-        raise FileNotFoundError("pretrained weights could not be downloaded: fetch "
-                                f"{url} and save it as {place}") from error
-    except Exception as error:  # it depends on where the file is damaged
-        raise ValueError(f"the pretrained weights in {place} are damaged: delete that "
-                         "file, and it is downloaded again") from error
 
 
 # ---- Clear errors for wrong arguments ------------------------------------------------

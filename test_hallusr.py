@@ -210,7 +210,6 @@ CALLS = {
     "load_generator": lambda m, folder: m.load_generator(checkpoint(folder / "a"))(LR, Z),
     "load_weights": lambda m, _: m.load_weights(m.nn.ReLU(), {}, "a"),
     "pretrained_features": lambda m, _: m.pretrained_features(m.vgg16, m.VGG16_Weights.DEFAULT, 2),
-    "cached_weights": lambda m, _: m.cached_weights("vgg16", ["features.0.bias"]),
     "scale_between": lambda m, _: m.scale_between(X, LR)}
 
 
@@ -569,22 +568,15 @@ def test_perceptual_loss_against_plain_convolutions():
     assert loss(step, hr) < loss(sr, hr)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"an error page", b"PK\x03\x04 cut off"])
-def test_missing_and_damaged_weights_are_named(content, tmp_path, monkeypatch):
+@pytest.mark.parametrize("network", [PerceptualLoss, LPIPS])
+def test_missing_weights_are_an_os_error_after_their_address(network, tmp_path, monkeypatch, capfd):
     def no_network(*arguments, **options):
         raise OSError("no network")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    (tmp_path / "checkpoints").mkdir()
-    for network, file in ((PerceptualLoss, "vgg16-397923af"), (LPIPS, "alexnet-owt-7be5be79")):
-        path = tmp_path / f"checkpoints/{file}.pth"
-        if content is None:
-            error, words = FileNotFoundError, f"fetch http.*{file}.*save it as {path}$"
-        else:
-            path.write_bytes(content)
-            error, words = ValueError, f"{path} are damaged: delete that file"
-        with pytest.raises(error, match=words):
-            network()
+    with pytest.raises(OSError, match="no network"):
+        network()
+    assert f"to {tmp_path}/checkpoints/" in "".join(capfd.readouterr())  # stderr in older torch
 
 
 # ---- Metrics ----------------------------------------------------------------------------------
@@ -2523,18 +2515,17 @@ def test_a_photo_of_400_megapixels_is_refused_before_it_takes_memory(tmp_path):
         sample.read_image(tmp_path / "huge.png")
 
 
-def test_training_goes_on_without_damaged_weights_of_lpips(tmp_path, monkeypatch, capsys):
+def test_training_goes_on_without_weights_of_lpips(tmp_path, monkeypatch, capsys):
+    def no_network(*arguments, **options):
+        raise OSError("no network")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    for name in ("alexnet-owt-7be5be79.pth", LPIPS.FILE):
-        (tmp_path / "checkpoints" / name).write_bytes(b"<html>")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     monkeypatch.setattr(train, "metrics_against", sample.metrics_against)
     (tmp_path / "photos").mkdir()
     for i in range(2):
         save_image(torch.rand(3, 32, 32), tmp_path / f"photos/{i}.png")
     run_training(tmp_path / "run", "--data", str(tmp_path / "photos"), "--size", "32")
-    assert re.search(r"AUC are not measured.*alexnet-owt.*damaged: delete that file",
-                     capsys.readouterr().out)
+    assert "AUC are not measured: no network" in capsys.readouterr().out
     assert "hallucination_lpips" not in table(tmp_path / "run/valid.jsonl")[0]
 
 
