@@ -9,16 +9,11 @@
 
 The faces are invented. They say which pictures fit the small one, never who is in it.
 """
-import os
-
-if __name__ == "__main__":
-    # torch's threads, idle but spinning, would stand in the way of a busy program's.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import argparse
 import io
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path

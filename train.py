@@ -8,18 +8,12 @@ Into --out go last.pt and best.pt (checkpoints), grid.png (look at it), and the 
 log.jsonl and valid.jsonl, a line of JSON for each row. Of a step that stands twice, as
 after a crash, the later row counts.
 """
-import os
-
-if __name__ == "__main__":
-    # torch's threads spin while they wait, and beside a busy program stand in each
-    # other's way. This must be said before torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import argparse
 import contextlib
 import copy
 import json
 import math
+import os
 import shlex
 import signal
 import time
