@@ -34,8 +34,8 @@ from torchvision.models import AlexNet_Weights, VGG16_Weights, alexnet, vgg16
 def to_levels(x: torch.Tensor) -> torch.Tensor:
     """Floats, clamped to [-1, 1], as 8-bit values 0, 1, ..., 255 (still floats)."""
     require_floats(x)
-    # bfloat16 has too few digits for 256 levels. Detached, as rounding has slope 0, and
-    # a silent 0 is worse than an error.
+    # bfloat16 has too few digits for 256 levels. Detached: to learn through it fails
+    # loudly, not silently with slope 0.
     return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round()
 
 
@@ -50,7 +50,7 @@ def quantize(x: torch.Tensor) -> torch.Tensor:
     The rounding of (12), "to the closest colour value". Needs: to_levels, from_levels.
     """
     rounded = from_levels(to_levels(x))
-    # Rounding is flat, so nothing could learn through it. This line is `rounded`
+    # Rounding and clamping are flat: nothing could learn through them. This is `rounded`
     # forward, with slope 1 backward: section 3.1's straight-through estimator.
     return x - x.detach() + rounded
 
@@ -189,7 +189,7 @@ def energy_score(a, b, truth) -> torch.Tensor:
     def distance(p, q):
         # The channels at one place are one vector. The 1e-6 gives the root a slope at 0.
         return ((p - q).square().mean(1) + 1e-6).sqrt().mean()
-    # A ruin in one sample costs nothing, in both much. (8) rewards both.
+    # A ruin in one sample costs nothing, so rare ones remain; in both it costs much.
     return (distance(a, truth) + distance(b, truth) - distance(a, b)) / 2
 
 
@@ -231,7 +231,7 @@ def r1_penalty(logits: torch.Tensor, images: list[torch.Tensor]) -> torch.Tensor
     logits (N, 1, h, w) that D gave for images, which had requires_grad set -> scalar.
     Weigh it by half of R1's own gamma, which is not (10)'s.
     """
-    # One number an image: for the sum, R1 would grow with the map of logits.
+    # The mean logit: with the sum, R1 would grow with the map of logits.
     per_image = logits.mean((1, 2, 3))                          # (N,)
     slopes = torch.autograd.grad(per_image.sum(), images, create_graph=True)
     return sum(slope.square().sum((1, 2, 3)).mean() for slope in slopes)
@@ -259,7 +259,7 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 12.75) -> torch.T
     Needs: quantize, to_levels, from_levels, downscale, scale_between.
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
-    # Of LR shrunk bicubically, 996 of 1,000 values differ by less than this eps.
+    # An LR shrunk bicubically, antialiased, is this close to ours in 996 of 1,000 values.
     shrunk = downscale(image, scale_between(image, lr))         # (N, 3, h, w)
     # In grey levels, D_I sees a small error without large weights.
     r = 2 / 255
@@ -368,7 +368,7 @@ class DownBlock(nn.Module):
 
 
 def channels_at(width: int, scale: int) -> list[int]:
-    """Channels at LR's size and after each doubling: [4, 3, 2, 1] * width for 8x."""
+    """Channels at LR's size and after each doubling; for 8x 4, 3, 2, 1 times width."""
     return [width * times for times in range(scale.bit_length(), 0, -1)]
 
 
@@ -423,6 +423,7 @@ class Generator(nn.Module):
                 # Not in the paper: DS(image) = LR at once, so F has nothing to teach.
                 image = project_onto_lr(image, lr)
             made["image"].append(image)                         # (N, 3, 2h, 2w), ...
+            # Nothing ties g to its image's gradient but the layers that both share.
             made["gradient"].append(gradient)                   # (N, 3, 2h, 2w), ...
         return made
 
@@ -439,8 +440,8 @@ def sample(generator: nn.Module, lr: torch.Tensor, z: torch.Tensor) -> torch.Ten
 def beside_features(images: list[torch.Tensor], phi: nn.Module) -> list[torch.Tensor]:
     """Each image with VGG-16's features of the finest as more channels: not in the paper.
 
-    Images (N, 3, 2h, 2w), ..., (N, 3, H, W) -> the same with 3 + VGG_CHANNELS. phi: a
-    PerceptualLoss of as many VGG_LAYERS as images.
+    Images (N, 3, 2h, 2w), ..., (N, 3, H, W) -> the same with VGG_CHANNELS more, 64 at the
+    finest. phi: a PerceptualLoss of as many VGG_LAYERS as images.
     """
     # A discriminator of pixels is slow to see what is wrong with a face, one that sees a
     # trained network's features is not (Projected GAN, Sauer et al. 2021).
@@ -838,7 +839,7 @@ def load_generator(path: str | Path, device: str = "cpu") -> Generator:
 
 
 def load_weights(module: nn.Module, state: dict, path: str | Path):
-    """module.load_state_dict, with one clear ValueError for pages of keys, or NaN."""
+    """module.load_state_dict, but one clear ValueError for wrong keys or NaN."""
     try:
         module.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
@@ -869,11 +870,12 @@ def require(condition: bool, message: str):
 
 
 def require_floats(x: torch.Tensor, name: str = "image", bounded: bool = False):
-    """Raise ValueError for values of 0-255: clamped, they would score as perfect."""
+    """Raise ValueError for integers and, where bounded, for floats of 0-255."""
     expected = f"{name} must be floats in [-1, 1]"
     remedy = "from_levels makes them from 8-bit values"
     require(x.is_floating_point(), f"{expected}, got {x.dtype}: {remedy}")
-    # Only what is compared with is bounded: a network's images overshoot.
+    # Clamped, they would score as perfect. Only what is compared with is bounded: a
+    # network's images overshoot.
     if bounded:
         require((x.abs() <= 2).all(), f"{expected}, got {x.abs().max():g}: {remedy}")
 

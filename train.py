@@ -41,7 +41,7 @@ from sample import (contact_sheet, count, evaluate, evenly, find_device, list_ph
 
 # --preset chooses a column: the paper's; photos, with --data; drawn, without. The
 # section is where the paper gives the value, or leaves no room for another; "open"
-# where it is silent, and its column is our choice. Reasons: assets/PAPER.md.
+# where it is silent, and the value under "paper" is ours too. Reasons: assets/PAPER.md.
 SETTINGS = [
     # name               paper  photos drawn  section   meaning
     ("size",             64,    64,    32,    "open",   "side of the large image, pixels"),
@@ -88,10 +88,10 @@ def differences(config: Config) -> str:
 # ---- One step ------------------------------------------------------------------------
 
 def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
-    """One step of both discriminators, then one of G. Returns means for the log.
+    """One step of both discriminators, then one of G; in the warm-up, of G alone.
 
     hr (B, 3, H, W) in [-1, 1], z1 and z2 (B, z_dim, h, w); nets: Networks; kind: what
-    `kind_of` says of the step.
+    `kind_of` says of the step. Returns means for the log.
     """
     # LR is rounded, as a file is.
     lr = quantize(downscale(hr, config.scale))                  # (B, 3, h, w)
@@ -104,7 +104,7 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
     with nets.autocast:
         sr = nets.G(lr, torch.zeros_like(z1))                   # (1)
         h1 = nets.G(lr, z1)                                     # (2)
-        h2 = nets.G(lr, z2)                                     # (2)
+        h2 = nets.G(lr, z2)                                     # (2), to set beside h1
     F_h = excess(h1["image"][-1], lr, config.eps)               # (12)  (B, 3, h, w)
     F_real = torch.zeros_like(F_h)  # a photograph shrinks to its own LR exactly
 
@@ -240,7 +240,8 @@ def update(optimizer, loss: torch.Tensor):
     """One step of one player down its loss."""
     weights = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
-    # The loss runs through the other player too: only this one's weights get slopes.
+    # The other player's weights get no slope, and D's backward pass ends before it
+    # reaches G: so G's own can follow without a second forward pass.
     loss.backward(inputs=weights)
     optimizer.step()
 
@@ -303,7 +304,7 @@ class GraphedStep:
 class Networks:
     """All that a step works with: G, its average, D_I, D_g, VGG-16 and two optimisers.
 
-    amp: forward passes in bfloat16. FileNotFoundError where VGG-16 is not to be had.
+    amp: forward passes in bfloat16. OSError where VGG-16 is not to be had.
     """
 
     def __init__(self, config, device, amp: bool = False):
