@@ -550,8 +550,8 @@ def ssim(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 class LPIPS(nn.Module):
     """Learned perceptual distance, v0.1 on AlexNet (Zhang et al. 2018): 0 where equal.
 
-    forward(a, b): two (N, 3, H, W) in [-1, 1], sides of 31 or more -> (N,). with_map
-    gives a map (N, H, W) of it too. It does not round: quantize G's images first.
+    forward(a, b): two (N, 3, H, W) in [-1, 1], sides of 31 or more -> (N,). It does not
+    round: quantize G's images first.
     OSError where the weights (the authors' own, BSD-2) cannot be downloaded.
     Needs: pretrained_features.
     """
@@ -584,22 +584,17 @@ class LPIPS(nn.Module):
         return found
 
     def forward(self, a, b):
-        return self.with_map(a, b)[0]                           # (N,)
-
-    def with_map(self, a, b):
         require_same(a, b, "a and b")
         require_images(a, "a", channels=3)
         require_images(b, "b", channels=3)
         require(min(a.shape[-2:]) >= 31, f"AlexNet needs sides of 31, got {tuple(a.shape[-2:])}")
-        distance = maps = 0.0
+        distance = 0.0
         for i, (x, y) in enumerate(zip(self.unit_features(a), self.unit_features(b))):
             # A weighted sum over channels, with weights learned from people's answers.
             weight = getattr(self, f"weight{i}")                # (1, C, 1, 1)
             layer = fn.conv2d((x - y).square(), weight)         # (N, 1, H', W')
             distance = distance + layer.mean((1, 2, 3))         # (N,)
-            larger = fn.interpolate(layer, size=a.shape[-2:], mode="bilinear")
-            maps = maps + larger[:, 0]                          # (N, H, W)
-        return distance, maps
+        return distance
 
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b) -> torch.Tensor:
@@ -726,19 +721,6 @@ def std_map(samples: torch.Tensor) -> torch.Tensor:
     require_floats(samples, "samples", bounded=True)
     require(samples.ndim == 5, f"samples must be (K, N, 3, H, W), got {tuple(samples.shape)}")
     return to_levels(samples).std(0, correction=0)
-
-
-def diversity_score(maps: torch.Tensor) -> torch.Tensor:
-    """NTIRE 2021's diversity: by how many % the best pixels beat the best sample.
-
-    maps (K, N, H, W): LPIPS.with_map of K samples and the truth -> (N,) in [0, 100], 0
-    when all samples are alike. Noise raises it too: read it beside LPIPS.
-    """
-    require(maps.ndim == 4, f"maps must be (K, N, H, W), got {tuple(maps.shape)}")
-    maps = maps.float()  # half precision has no 1e-12
-    best_sample = maps.mean((2, 3)).min(0).values               # (N,)
-    best_pixels = maps.min(0).values.mean((1, 2))               # (N,)
-    return 100 * (best_sample - best_pixels) / best_sample.clamp(min=1e-12)  # no 0 / 0
 
 
 def spread_and_error(samples: torch.Tensor, truth: torch.Tensor) -> tuple:

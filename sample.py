@@ -23,10 +23,10 @@ from PIL import Image, ImageCms, ImageOps  # Pillow comes with torchvision
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
-from hallusr import (LPIPS, Realism, TwoSampleAUC, diversity_score, downscale, draw_z,
-                     from_levels, image_gradient, load_generator, lr_psnr, psnr, quantize,
-                     rank_histogram, require, sample, spread_and_error, ssim, std_map,
-                     to_levels, upscale_nearest)
+from hallusr import (LPIPS, Realism, TwoSampleAUC, downscale, draw_z, from_levels,
+                     image_gradient, load_generator, lr_psnr, psnr, quantize, rank_histogram,
+                     require, sample, spread_and_error, ssim, std_map, to_levels,
+                     upscale_nearest)
 
 # ---- Photos --------------------------------------------------------------------------
 
@@ -137,8 +137,8 @@ def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips=None, realism
     """Table 1's rows for hr (N, 3, H, W) in [-1, 1], from which LR is made.
 
     {"bicubic" | "SR" | "hallucination": {metric: (N,)}}, of a hallucination means over
-    its samples, with z from seed. LPIPS and diversity come with `lpips`, an LPIPS. A
-    Realism and a TwoSampleAUC give one number for all N, of hallucinations the first.
+    its samples, with z from seed. A Realism and a TwoSampleAUC give one number for all N,
+    of hallucinations the first.
     """
     require(samples >= 1, f"samples must be 1 or more, got {samples}")
     lr = quantize(downscale(hr, generator.scale))               # (N, 3, h, w)
@@ -167,13 +167,11 @@ def evaluate_batch(generator, hr, lr, z, lpips=None) -> tuple[dict, dict]:
     images = {"bicubic": quantize(upscale_bicubic(lr, generator.scale)),
               "SR": sample(generator, lr, torch.zeros_like(z[0])),
               "hallucination": hallucinations[0]}
-    rows = {name: score(images[name], hr, lr, lpips)[0] for name in ("bicubic", "SR")}
-    scores, maps = zip(*[score(image, hr, lr, lpips) for image in hallucinations])
+    rows = {name: score(images[name], hr, lr, lpips) for name in ("bicubic", "SR")}
+    scores = [score(image, hr, lr, lpips) for image in hallucinations]
     mean = {name: torch.stack([row[name] for row in scores]).mean(0) for name in scores[0]}
     mean["lr_psnr"] = mean_decibel(torch.stack([row["lr_psnr"] for row in scores]))
     mean["pixel_std"] = std_map(hallucinations).mean((1, 2, 3))
-    if lpips is not None:
-        mean["diversity"] = diversity_score(torch.stack(maps))
     if len(z) > 1:
         mean["variance"], mean["error"] = spread_and_error(hallucinations, hr)
         mean["ranks"] = rank_histogram(hallucinations, hr)      # (N, K + 1)
@@ -187,13 +185,12 @@ def upscale_bicubic(lr: torch.Tensor, factor: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(lr, scale_factor=factor, mode="bicubic").clamp(-1, 1)
 
 
-def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -> tuple:
-    """Scores of one image per face, (N,) each, and LPIPS's map, or None without it."""
+def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -> dict:
+    """Scores of one image per face, (N,) each."""
     values = {"psnr": psnr(image, hr), "ssim": ssim(image, hr), "lr_psnr": lr_psnr(image, lr)}
-    lpips_map = None
     if lpips is not None:
-        values["lpips"], lpips_map = lpips.with_map(image, hr)
-    return values, lpips_map
+        values["lpips"] = lpips(image, hr)
+    return values
 
 
 def summarize(rows: dict) -> dict:

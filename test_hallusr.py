@@ -202,7 +202,6 @@ CALLS = {
     "two_sample_auc": lambda m, _: m.two_sample_auc(X[0, 0], X[0, 1]),
     "TwoSampleAUC": lambda m, _: m.TwoSampleAUC(X)(X),
     "std_map": lambda m, _: m.std_map(X[None]),
-    "diversity_score": lambda m, _: m.diversity_score(X),
     "spread_and_error": lambda m, _: m.spread_and_error(torch.stack([X, X]), X),
     "rank_histogram": lambda m, _: m.rank_histogram(torch.stack([X, X]), X),
     "save_checkpoint": lambda m, folder: checkpoint(folder / "a", m.save_checkpoint),
@@ -651,16 +650,6 @@ def test_a_vgg_layer_is_what_its_name_says(layer):
     assert kinds[(pools or [-1])[-1] + 1:] == ["Conv2d", "ReLU"] * number
 
 
-def test_diversity_score_by_hand():
-    maps = torch.tensor([[[0.2, 0.6]], [[0.4, 0.2]]]).view(2, 1, 1, 2)  # best sample 0.3, pixels .2
-    assert hallusr.diversity_score(maps).item() == pytest.approx(100 * (0.3 - 0.2) / 0.3)
-    assert hallusr.diversity_score(maps[:1].expand(2, -1, -1, -1)).item() == 0
-    assert hallusr.diversity_score(torch.zeros(2, 1, 2, 2)).item() == 0  # all are the truth
-    two_faces = torch.tensor([[[.2, .6], [.8, .8]], [[.4, .2], [.9, .1]]]).view(2, 2, 1, 2)
-    expected = torch.tensor([100 / 3, 10.0])  # (0.3 - 0.2) / 0.3, (0.5 - 0.45) / 0.5
-    torch.testing.assert_close(hallusr.diversity_score(two_faces), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("metric, shapes", [
     (hallusr.psnr, [(2, 3, 16, 16), (2, 3, 16, 16)]),
@@ -669,9 +658,7 @@ def test_diversity_score_by_hand():
     (hallusr.std_map, [(4, 2, 3, 8, 8)]),
     (hallusr.spread_and_error, [(4, 2, 3, 8, 8), (2, 3, 8, 8)]),
     (hallusr.rank_histogram, [(4, 2, 3, 8, 8), (2, 3, 8, 8)]),
-    (lambda x: hallusr.diversity_score(x.abs()), [(4, 2, 8, 8)]),
-    (lambda x: hallusr.diversity_score(0 * x), [(4, 2, 8, 8)]),
-    pytest.param(lambda a, b: LPIPS().with_map(a, b), [(2, 3, 32, 32), (2, 3, 32, 32)],
+    pytest.param(lambda a, b: LPIPS()(a, b), [(2, 3, 32, 32), (2, 3, 32, 32)],
                  marks=needs_lpips),
     (hallusr.two_sample_auc, [(9, 5), (8, 5)]),
     pytest.param(lambda a, b: hallusr.TwoSampleAUC(a)(b), [(9, 3, 32, 32), (9, 3, 32, 32)],
@@ -921,15 +908,12 @@ def test_lpips_against_plain_convolutions():
             yield fn.normalize(x, dim=1, eps=1e-10)
 
     lpips, a, b = LPIPS(), levels(2, 3, 64, 48), levels(2, 3, 64, 48)
-    distance, maps = torch.zeros(2), torch.zeros(2, 64, 48)
+    distance = torch.zeros(2)
     for i, (x, y) in enumerate(zip(features(a), features(b))):
         weights = linear[f"lin{i}.model.1.weight"].view(-1, 1, 1)
         layer = (weights * (x - y) ** 2).sum(1)
         distance += layer.mean((1, 2))
-        maps += fn.interpolate(layer[:, None], (64, 48), mode="bilinear")[:, 0]
-    for found in (lpips(a, b), lpips.with_map(a, b)[0]):
-        torch.testing.assert_close(found, distance)
-    torch.testing.assert_close(lpips.with_map(a, b)[1], maps)
+    torch.testing.assert_close(lpips(a, b), distance)
     assert torch.equal(lpips(a, a), torch.zeros(2))
 
 
@@ -1094,7 +1078,6 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: hallusr.ssim(images(2, 3, 8, 8), images(2, 3, 8, 8)), "sides of 11"),
     pytest.param(lambda: LPIPS()(images(2, 3, 16, 16), images(2, 3, 16, 16)), "sides of 31",
                  marks=needs_lpips),
-    (lambda: hallusr.diversity_score(images(2, 3, 4)), r"\(K, N, H, W\)"),
     (lambda: hallusr.std_map(images(2, 3, 4, 4)), r"\(K, N, 3, H, W\)"),
     (lambda: hallusr.spread_and_error(images(1, 2, 3, 4, 4), images(2, 3, 4, 4)), "K of 2 or more"),
     (lambda: hallusr.rank_histogram(images(4, 2, 3, 4, 4), images(1, 3, 4, 4)), "K of 2 or more"),
@@ -1183,7 +1166,6 @@ def test_a_programs_default_dtype_is_not_the_generators(larger_program, tmp_path
     lambda: lambda a, b: hallusr.std_map(torch.stack([a, b])),
     lambda: lambda a, b: hallusr.spread_and_error(torch.stack([a, -a]), b)[1],
     lambda: lambda a, b: hallusr.rank_histogram(torch.stack([a, -a]), b),
-    lambda: lambda a, b: hallusr.diversity_score(torch.stack([a, b])[:, :, 0].abs()),
     pytest.param(lambda: LPIPS(), marks=needs_lpips),
     pytest.param(lambda: PerceptualLoss(), marks=needs_vgg),
     lambda: lambda a, b: hallusr.two_sample_auc(a.flatten(1), b.flatten(1)),
@@ -3008,7 +2990,7 @@ def test_evaluate_writes_json_with_every_row(workplace, capsys):
     assert said["evaluate"] == os.path.realpath(workplace / "photos") and said["samples"] == 2
     assert said["checkpoint"] == str(workplace / "runs/photos/last.pt") and said["seed"] == 0
     assert found["n"] == 2 and list(found["rows"]) == ["bicubic", "SR", "hallucination"]
-    assert {"psnr", "ssim", "lpips", "lr_psnr", "pixel_std", "diversity", "spread",
+    assert {"psnr", "ssim", "lpips", "lr_psnr", "pixel_std", "spread",
             "outside"} == set(found["rows"]["hallucination"])
     assert len(found["ranks"]) == 3 and sum(found["ranks"]) == pytest.approx(1)
 
