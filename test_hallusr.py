@@ -1011,12 +1011,12 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: train.check_config(tiny(scale=6)), "power of two.*6"),
     (lambda: train.check_config(tiny(width=0)), "width must be 1 or more, got 0"),
     (lambda: train.check_config(tiny(size=62)), "multiple of scale 4, got 62"),
-    (lambda: train.check_config(tiny(energy=-1.0)), "energy must be 0 or more, got -1"),
+    (lambda: train.check_config(tiny(energy=-1.0)), r"energy must be in \[0, inf\], got -1"),
     (lambda: Discriminator(3, 32, 1, 3, True), "too few layers for scale 32"),
     (lambda: train.check_config(tiny(learning_rate_g=math.nan)),
-     "learning_rate_g must be 0 or more, got nan"),
-    (lambda: train.check_config(tiny(decay=-0.5)), "decay must be 0 or more, got -0.5"),
-    (lambda: train.check_config(tiny(batch=0)), "batch must be 1 or more, got 0"),
+     r"learning_rate_g must be in \[0, inf\], got nan"),
+    (lambda: train.check_config(tiny(decay=-0.5)), r"decay must be in \[0, 1\], got -0.5"),
+    (lambda: train.check_config(tiny(batch=0)), r"batch must be in \[1, inf\], got 0"),
     (lambda: train.check_config(tiny(d_blocks=0)), "blocks must be 1 or more, got 0"),
     (lambda: Generator(scale=12), "power of two.*12"),
     (lambda: Generator(z_dim=0), "z_dim must be 1 or more"),
@@ -1025,22 +1025,17 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: Generator(**G4)(images(2, 3, 4, 4), torch.randn(2, 6, 4, 4)),
      r"\(2, 5, 4, 4\), got \(2, 6, 4, 4\)"),
     (lambda: Generator(**G4)(images(2, 3, 4, 4), torch.randn(2, 5)), r"got \(2, 5\)"),
-    (lambda: Discriminator(3, 4, 1)([images(2, 3, 16, 16)]), "2 resolutions, got 1"),
-    (lambda: Discriminator(3, 4, 1, 3)(hallusr.pyramid(images(2, 3, 16, 16), 2)),
-     r"D_I takes a condition, F of \(12\), and D_g none"),
-    (lambda: Discriminator(3, 2, 1, 0)([images(2, 3, 8, 8)], images(2, 3, 4, 4)),
-     "and D_g none"),
-    (lambda: Discriminator(3, 4, 1)([images(1, 3, 8, 8), images(2, 3, 16, 16)]),
-     "one shape.*1, 6, 8, 8.*2, 6, 8, 8"),
+    (lambda: Discriminator(3, 4, 1)([images(2, 3, 16, 16)]), "shorter"),
+    (lambda: Discriminator(3, 4, 1)(hallusr.pyramid(images(2, 3, 16, 16), 3)), "longer"),
     (lambda: hallusr.diversity_loss(*images(2, 2, 3, 4, 4), *torch.randn(2, 1, 5)), "a z for"),
     (lambda: hallusr.diversity_loss(*images(2, 2, 3, 4, 4), torch.randn(1, 5), torch.randn(2, 5)),
      "z1 and z2 must have one shape"),
     (lambda: hallusr.draw_z((1, 5, 4, 4), 1.1, None), r"z_shared must be in \[0, 1\], got 1.1"),
     (lambda: hallusr.draw_z((1, 5, 4, 4), -0.1, None), r"z_shared must be in \[0, 1\], got -0.1"),
     (lambda: hallusr.draw_z((4, 5), 1.0, None), r"\(..., z_dim, h, w\), got \(4, 5\)"),
-    (lambda: train.check_config(tiny(z_shared=-0.5)), "z_shared must be 0 or more, got -0.5"),
-    (lambda: train.draw_faces(torch.rand(2, 7), 12), "multiple of 8, got 12"),
-    (lambda: train.check_config(tiny(seed=-1)), "seed must be 0 or more, got -1"),
+    (lambda: train.check_config(tiny(z_shared=-0.5)), r"z_shared must be in \[0, 1\], got -0.5"),
+    (lambda: train.check_config(tiny(decay=3.0)), r"decay must be in \[0, 1\], got 3"),
+    (lambda: train.check_config(tiny(seed=-1)), r"seed must be in \[0, inf\], got -1"),
     (lambda: sample.parse_arguments(["--temperature", "inf"]), "--temperature inf is no scale"),
     (lambda: sample.parse_arguments(["--seed", "20000000000000"]), "seed must be in"),
     (lambda: sample.parse_arguments(["--slice", "1:2"]), "--slice and --others go with"),
@@ -1059,7 +1054,6 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: hallusr.project_onto_lr(images(1, 3, 8, 8), images(1, 3, 4, 2)), "one multiple"),
     (lambda: hallusr.project_onto_lr(images(2, 3, 8, 8), images(1, 3, 4, 4)), "one image for each"),
     (lambda: hallusr.excess(images(1, 3, 8, 8), images(1, 3, 2, 4)), "one multiple of lr's"),
-    (lambda: hallusr.excess(images(1, 3, 8, 8), images(1, 3, 1, 1), -1), "eps must be"),
     (lambda: hallusr.gradient_loss(images(2, 3, 4, 4), images(1, 3, 4, 4)), "one shape"),
     (lambda: hallusr.psnr(images(2, 3, 4, 4), images(1, 3, 4, 4)), "one shape"),
     (lambda: hallusr.psnr(*images(2, 5, 2, 3, 4, 4)), r"\(N, C, H, W\), got \(5, 2, 3, 4, 4\)"),
@@ -1075,7 +1069,6 @@ def test_contact_sheet_shows_every_column_in_order():
                  marks=needs_lpips),
     pytest.param(lambda: hallusr.Realism(images(5, 2, 3, 32, 32)), r"\(N, 3, H, W\), got",
                  marks=needs_vgg),
-    (lambda: hallusr.ssim(images(2, 3, 8, 8), images(2, 3, 8, 8)), "sides of 11"),
     pytest.param(lambda: LPIPS()(images(2, 3, 16, 16), images(2, 3, 16, 16)), "sides of 31",
                  marks=needs_lpips),
     (lambda: hallusr.std_map(images(2, 3, 4, 4)), r"\(K, N, 3, H, W\)"),
@@ -1095,7 +1088,7 @@ def either_side(compare):
 @pytest.mark.parametrize("reads", [
     [hallusr.image_gradient, hallusr.quantize, lambda x: hallusr.downscale(x, 8),
      lambda x: hallusr.pyramid(x, 3),
-     lambda x: hallusr.std_map(x[None]), lambda x: Discriminator(3, 2, 1)([x]),
+     lambda x: hallusr.std_map(x[None]),
      lambda x: Generator(**G4)(x, torch.randn(2, 5, 32, 32))],
     *map(either_side, [hallusr.psnr, hallusr.ssim, hallusr.lr_psnr, hallusr.excess]),
     pytest.param(either_side(lambda a, b: LPIPS()(a, b)), marks=needs_lpips, id="LPIPS")])
@@ -1252,19 +1245,14 @@ def test_truncated_and_missing_checkpoints_are_named(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match="cut.pt is damaged"):
         hallusr.load_generator(path)
-    with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere.pt"):
+    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
         hallusr.load_generator("nowhere.pt")
 
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda _: b"not a checkpoint", "is damaged or no checkpoint"),
-    (lambda _: {"weights": 1}, "not a hallusr"),
-    (lambda _: {"hallusr": 4, "settings": G4}, "holds no generator"),
-    (lambda _: {"hallusr": 4, "generator": {}}, "holds no generator"),
-    (lambda good: good | {"hallusr": 3}, "is of format 3, this version reads format 4: sample it "
-     "with the version that made it"),
-    (lambda good: good["settings"].pop("z_shared"), r"other settings.*: \['z_shared'\]"),
-    (lambda good: good["settings"].update(colour=3), r"\['colour'\] in one alone"),
+    (lambda _: {"weights": 1}, "no checkpoint of this version"),
+    (lambda good: good | {"hallusr": 3}, "no checkpoint of this version"),
     (lambda good: good["settings"].update(width=4), "holds another architecture:"),
     (lambda good: good["generator"]["first_conv.bias"][3].fill_(math.nan),
      "spoiled: first_conv.bias holds"),
@@ -1655,8 +1643,7 @@ def test_the_count_at_the_end_of_a_run_shows_a_perfect_sampler_as_perfect():
     oracle = FromTheTruth(train.possibilities(80, 32),
                           lambda z: (16 * torch.special.ndtr(z[:, 0])).long().clamp(max=15))
     found = train.calibrate(oracle, tiny(size=32, scale=8), "cpu", faces=80)
-    assert found["found"] == pytest.approx(4 * (1 - 0.75 ** 10), abs=0.15)  # 3.77
-    assert found["shares"] == pytest.approx([25] * 4, abs=6) and sum(found["shares"]) > 99.9
+    assert found == pytest.approx(4 * (1 - 0.75 ** 10), abs=0.15)  # 3.77
 
 
 def test_nothing_simpler_finds_more_than_one_direction():
@@ -1669,7 +1656,7 @@ def test_nothing_simpler_finds_more_than_one_direction():
                  "untrained": (Generator(32, 8, 5, 1.0, 3, 1), 0.0)}
     for name, (generator, expected) in stand_ins.items():
         found = train.calibrate(generator, tiny(size=32, scale=8), "cpu", faces=30)
-        assert found["found"] == pytest.approx(expected), name
+        assert found == pytest.approx(expected), name
 
 
 def test_calibration_by_hand(monkeypatch):
@@ -1683,16 +1670,13 @@ def test_calibration_by_hand(monkeypatch):
                             tiny(size=8, scale=4), "cpu", faces=1, samples=4)
     # 2: by 0 (right), 38 from its opposite. 21 and 22: by 4 (down), 39 and 38. 255: by 15
     # (up), but 180 from it, and 220 from its opposite: not clear, as 180^2 > 220^2 / 2.
-    assert found == {"found": 2.0, "shares": [25.0, 50.0, 0.0, 25.0]}
+    assert found == 2.0
 
 
 def test_a_run_says_where_its_hallucinations_look(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "calibrate",
-                        lambda *_: {"found": 3.456, "shares": [51.4, 9.6, 0.0, 39.0]})
+    monkeypatch.setattr(train, "calibrate", lambda *_: 3.456)
     run_training(tmp_path)
-    printed = capsys.readouterr().out
-    assert "look in 3.46 of four directions" in printed
-    assert "51 % right  10 % down  0 % left  39 % up" in printed
+    assert "look in 3.46 of four\ndirections" in capsys.readouterr().out
 
 
 def test_it_learns_a_batch_by_heart(tmp_path):
@@ -3024,7 +3008,7 @@ def test_realism_is_measured_against_others_spread_over_their_folder(workplace, 
      "expected at least 2 images below .*empty, found 0"),
     ("python train.py --scale 3", "power of two.*got 3"),
     ("python train.py --preset paper --resume runs/photos/last.pt", "no --preset"),
-    ("python train.py --resume no/last.pt", "no checkpoint at no/last.pt"),
+    ("python train.py --resume no/last.pt", "No such file or directory: 'no/last.pt'"),
     ("python sample.py photos --checkpoint runs/photos/last.pt", "photos cannot be read"),
     ("python sample.py --lr --checkpoint runs/photos/last.pt", "--lr goes with images"),
     ("python sample.py me.jpg --lr --checkpoint runs/photos/last.pt", "80x70 pixels, LR has 32"),

@@ -425,7 +425,6 @@ def draw_faces(random: torch.Tensor, size: int) -> torch.Tensor:
     The last column says where the eyes look, in parts of a full turn: 0 is right, 0.25
     down. An LR of 4x4 hides it: it is the same for all gazes, up to one level.
     """
-    require(size % 8 == 0, f"drawn faces need a size that is a multiple of 8, got {size}")
     # Lengths are in eighths of the side; x and y are the centres of pixels.
     axis = (torch.arange(size) + 0.5) * 8 / size
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -507,8 +506,7 @@ class Report:
             except (ValueError, OSError) as error:
                 print(f"LPIPS, realism and AUC are not measured: {error}")
         best = self.out / "best.pt"  # of a run that is resumed
-        # A tuple, the larger the better; older versions kept it elsewhere.
-        self.best = load_checkpoint(best).get("best") if best.exists() else None
+        self.best = load_checkpoint(best)["best"] if best.exists() else None
         self.terms = {}
         self.count = 0
         self.stop = False
@@ -624,11 +622,9 @@ class Report:
                   f"  python sample.py PHOTO --checkpoint {checkpoint}")
         if not self.arguments.data:
             found = calibrate(self.nets.ema, self.config, self.arguments.device)
-            shares = "  ".join(f"{share:.0f} % {direction}" for direction, share
-                               in zip(("right", "down", "left", "up"), found["shares"]))
             print("Each small face hides where the eyes look. Ten hallucinations look in "
-                  f"{found['found']:.2f} of four directions\n(a perfect sampler 3.77, one "
-                  f"face repeated 1): {shares} (25 % would be right).")
+                  f"{found:.2f} of four\ndirections: a perfect sampler in 3.77, one face "
+                  "repeated in 1.")
 
 
 def run_folder(arguments) -> Path:
@@ -659,12 +655,11 @@ def possibilities(count: int, size: int, seed: int = 2) -> torch.Tensor:
 
 
 @torch.no_grad()
-def calibrate(generator, config, device, faces: int = 100, samples: int = 10) -> dict:
-    """Do hallucinations look everywhere that fits their LR?
+def calibrate(generator, config, device, faces: int = 100, samples: int = 10) -> float:
+    """In how many of four directions do hallucinations clearly look? A mean over faces.
 
-    "found": in how many of four directions clearly, a mean over faces; "shares": how
-    many % in each. Clearly: the nearest of the possibilities has at most half of the
-    squared error that its opposite has.
+    Clearly: the nearest of the possibilities has at most half of the squared error that
+    its opposite has.
     """
     truth = possibilities(faces, config.size)                   # (16, N, 3, H, W)
     lr = quantize(downscale(truth[0], config.scale)).to(device)  # (N, 3, h, w)
@@ -676,9 +671,11 @@ def calibrate(generator, config, device, faces: int = 100, samples: int = 10) ->
     nearest = error.argmin(0)                                   # (K, N)
     opposite = error.gather(0, (nearest[None] + 8) % 16)[0]     # (K, N)
     clear = error.amin(0) <= opposite / 2                       # (K, N)
-    looks = [nearest // 4 == direction for direction in range(4)]
-    found = sum((look & clear).any(0).float().mean() for look in looks)
-    return {"found": found.item(), "shares": [100 * look.float().mean().item() for look in looks]}
+    found = 0.0
+    for direction in range(4):
+        looks = clear & (nearest // 4 == direction)             # (K, N)
+        found += looks.any(0).float().mean().item()
+    return found
 
 
 # ---- Command line --------------------------------------------------------------------
@@ -800,7 +797,9 @@ def check_config(config):
             f"size must be 11 or more and a multiple of scale {config.scale}, got {config.size}")
     for name, value in asdict(config).items():
         low = 1 if name in ("z_dim", "r1_every", "batch", "steps") else 0
-        require(type(value) is str or value >= low, f"{name} must be {low} or more, got {value}")
+        high = 1 if name in ("z_shared", "decay", "ema") else math.inf
+        require(type(value) is str or low <= value <= high,
+                f"{name} must be in [{low}, {high}], got {value}")
     require(config.tau > 0, f"tau must be positive, got {config.tau}")
 
 
