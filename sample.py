@@ -137,8 +137,8 @@ def evaluate(generator, hr: torch.Tensor, samples: int = 10, lpips=None, realism
     """Table 1's rows for hr (N, 3, H, W) in [-1, 1], from which LR is made.
 
     {"bicubic" | "SR" | "hallucination": {metric: (N,)}}, of a hallucination means over
-    its samples, with z from seed. A Realism and a TwoSampleAUC give one number for all N,
-    of hallucinations the first.
+    its samples, with z from seed. `lpips` is an LPIPS; `realism` and `auc`, a Realism and a
+    TwoSampleAUC, give one number for all N, of hallucinations the first.
     """
     require(samples >= 1, f"samples must be 1 or more, got {samples}")
     lr = quantize(downscale(hr, generator.scale))               # (N, 3, h, w)
