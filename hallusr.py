@@ -50,7 +50,7 @@ def quantize(x: torch.Tensor) -> torch.Tensor:
     The rounding of (12), "to the closest colour value". Needs: to_levels, from_levels.
     """
     rounded = from_levels(to_levels(x))
-    # Rounding and clamping are flat: nothing could learn through them. This is `rounded`
+    # Rounding, and clamping beyond [-1, 1], are flat: no slope. This is `rounded`
     # forward, with slope 1 backward: section 3.1's straight-through estimator.
     return x - x.detach() + rounded
 
@@ -357,6 +357,7 @@ class DownBlock(nn.Module):
     def forward(self, picture, features=None):
         x = activation(self.from_pixels(picture))               # (N, in,  H,   W)
         if features is not None:
+            require_same(x, features, "features of a picture and of the finer one")
             x = x + features                                    # (N, in,  H,   W)
         x = activation(self.conv1(x))                           # (N, in,  H,   W)
         x = activation(self.conv2(x))                           # (N, out, H,   W)
@@ -369,7 +370,7 @@ def channels_at(width: int, scale: int) -> list[int]:
 
 
 class Generator(nn.Module):
-    """G of (1) and (2): LR and z to an image and its gradient (Fig. 2).
+    """G of (1) and (2): LR and z to an image and a gradient (Fig. 2).
 
     forward(lr (N, 3, h, w) in [-1, 1], z (N, z_dim, h, w)) returns lists, coarse to
     fine: {"image": [(N, 3, 2h, 2w), ..., (N, 3, H, W)], "gradient": the same}. They are
@@ -419,7 +420,7 @@ class Generator(nn.Module):
                 # Not in the paper: DS(image) = LR at once, so F has nothing to teach.
                 image = project_onto_lr(image, lr)
             made["image"].append(image)                         # (N, 3, 2h, 2w), ...
-            # Nothing ties g to its image's gradient but the layers that both share.
+            # At a random z, no loss ties it to the image: only layers that both share.
             made["gradient"].append(gradient)                   # (N, 3, 2h, 2w), ...
         return made
 

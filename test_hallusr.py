@@ -1027,6 +1027,8 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: Generator(**G4)(images(2, 3, 4, 4), torch.randn(2, 5)), r"got \(2, 5\)"),
     (lambda: Discriminator(3, 4, 1)([images(2, 3, 16, 16)]), "shorter"),
     (lambda: Discriminator(3, 4, 1)(hallusr.pyramid(images(2, 3, 16, 16), 3)), "longer"),
+    (lambda: Discriminator(3, 4, 1)([images(1, 3, 8, 8), images(2, 3, 16, 16)]),
+     "one shape.*1, 6, 8, 8.*2, 6, 8, 8"),
     (lambda: hallusr.diversity_loss(*images(2, 2, 3, 4, 4), *torch.randn(2, 1, 5)), "a z for"),
     (lambda: hallusr.diversity_loss(*images(2, 2, 3, 4, 4), torch.randn(1, 5), torch.randn(2, 5)),
      "z1 and z2 must have one shape"),
