@@ -62,6 +62,15 @@ def no_downloads(monkeypatch):
         monkeypatch.setattr(train, "metrics_against", absent)
 
 
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    """No weights are at hand, and none can be fetched."""
+    def no_network(*arguments, **options):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+
+
 @pytest.fixture(autouse=True)
 def a_short_end(monkeypatch):
     """At its end a run on drawn faces looks for the eyes of four faces, not of a hundred."""
@@ -568,11 +577,7 @@ def test_perceptual_loss_against_plain_convolutions():
 
 
 @pytest.mark.parametrize("network", [PerceptualLoss, LPIPS])
-def test_missing_weights_are_an_os_error_after_their_address(network, tmp_path, monkeypatch, capfd):
-    def no_network(*arguments, **options):
-        raise OSError("no network")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+def test_missing_weights_are_an_os_error_after_their_address(network, empty_cache, tmp_path, capfd):
     with pytest.raises(OSError, match="no network"):
         network()
     assert f"to {tmp_path}/checkpoints/" in "".join(capfd.readouterr())  # stderr in older torch
@@ -2486,11 +2491,7 @@ def test_a_photo_of_400_megapixels_is_refused_before_it_takes_memory(tmp_path):
         sample.read_image(tmp_path / "huge.png")
 
 
-def test_training_goes_on_without_weights_of_lpips(tmp_path, monkeypatch, capsys):
-    def no_network(*arguments, **options):
-        raise OSError("no network")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+def test_training_goes_on_without_weights_of_lpips(empty_cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "metrics_against", sample.metrics_against)
     (tmp_path / "photos").mkdir()
     for i in range(2):
