@@ -262,11 +262,8 @@ class GraphedStep:
         self.plain_steps = Counter()
         self.graphs = {}  # one for each kind of step: a graph knows no if
         self.terms = {}
-        self.failed = False
 
     def __call__(self, hr, z1, z2, kind):
-        if self.failed:
-            return self.step(hr, z1, z2, kind)
         if self.batch is None:
             self.batch = [hr.clone(), z1.clone(), z2.clone()]
         # A graph reads where it read when it was recorded.
@@ -292,13 +289,9 @@ class GraphedStep:
         try:
             with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
                 self.terms[kind] = self.step(*self.batch, kind)
-            self.graphs[kind] = graph
         except RuntimeError as error:
-            # torch raises a second error over the reason, and leaves its stream in place.
-            reason = str(error.__context__ or error).partition("\n")[0]
-            torch.cuda.set_stream(torch.cuda.default_stream())
-            self.failed = True
-            print(f"no CUDA graphs, steps run as usual: {reason}")
+            raise RuntimeError("no CUDA graph could be recorded: take --no-graph") from error
+        self.graphs[kind] = graph
 
 
 class Networks:
