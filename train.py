@@ -9,7 +9,6 @@ log.jsonl and valid.jsonl, a line of JSON for each row. Of a step that stands tw
 after a crash, the later row counts.
 """
 import argparse
-import contextlib
 import copy
 import json
 import math
@@ -76,13 +75,6 @@ SETTINGS = [
 PRESETS = {preset: {row[0]: row[column] for row in SETTINGS}
            for column, preset in enumerate(("paper", "photos", "drawn"), 1)}
 Config = make_dataclass("Config", PRESETS["paper"], frozen=True)
-
-
-def differences(config: Config) -> str:
-    """What a run does not do as --preset paper does, for its first line."""
-    changed = [f"{name} {value} ({PRESETS['paper'][name]})"
-               for name, value in asdict(config).items() if value != PRESETS["paper"][name]]
-    return ", ".join(changed) or "nothing"
 
 
 # ---- One step ------------------------------------------------------------------------
@@ -297,10 +289,10 @@ class GraphedStep:
 class Networks:
     """All that a step works with: G, its average, D_I, D_g, VGG-16 and two optimisers.
 
-    amp: forward passes in bfloat16. OSError where VGG-16 is not to be had.
+    amp: forward passes in bfloat16; None: on a CUDA GPU that has it.
     """
 
-    def __init__(self, config, device, amp: bool = False):
+    def __init__(self, config, device, amp: bool | None = None):
         torch.manual_seed(config.seed)
         self.G = Generator(config.size, config.scale, config.z_dim, config.z_shared,
                            config.width, config.blocks, config.fine_blocks,
@@ -321,12 +313,14 @@ class Networks:
         self.perceptual = perceptual.to(device)                 # (6)
         device_type = torch.device(device).type
         on_gpu = device_type == "cuda"
-        self.autocast = contextlib.nullcontext()
-        if amp:
-            # A graph must not read weights that were cast before it.
-            self.autocast = torch.autocast(device_type, torch.bfloat16, cache_enabled=not on_gpu)
+        if amp is None:
+            amp = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.amp = amp
+        # A graph must not read weights that were cast before it: no cache there.
+        self.autocast = torch.autocast(device_type, torch.bfloat16, enabled=amp,
+                                       cache_enabled=not on_gpu)
         # Section 4.1: beta_1 = 0. With momentum each player would overshoot the other.
-        options = dict(betas=(0.0, 0.9), fused=device != "meta", capturable=on_gpu)
+        options = dict(betas=(0.0, 0.9), fused=True, capturable=on_gpu)
         self.opt_G = torch.optim.Adam(self.G.parameters(), **options)
         both = [*self.D_I.parameters(), *self.D_g.parameters()]
         self.opt_D = torch.optim.Adam(both, **options)
@@ -752,23 +746,16 @@ def load_run(arguments) -> dict:
     return content
 
 
-def in_bfloat16(arguments) -> bool:
-    """What --amp says; else yes on a CUDA GPU that has it. All CPUs compute in float32."""
-    if arguments.amp is not None:
-        return arguments.amp
-    on_gpu = torch.device(arguments.device).type == "cuda"
-    return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def main(words=None):
     arguments, config, content = prepare(words)
     if not arguments.data and "OMP_NUM_THREADS" not in os.environ:
         # Small images gain little from a second thread, and lose much beside a busy program.
         torch.set_num_threads(1)
-    print(f"differs from --preset paper in: {differences(config)}")
-    amp = in_bfloat16(arguments)
+    changed = [f"{name} {value} ({PRESETS['paper'][name]})"
+               for name, value in asdict(config).items() if value != PRESETS["paper"][name]]
+    print(f"differs from --preset paper in: {', '.join(changed) or 'nothing'}")
     # Before the faces are read, which may take minutes: weights may be missing.
-    nets = Networks(config, arguments.device, amp)
+    nets = Networks(config, arguments.device, arguments.amp)
     if content:
         nets.load(content, arguments.resume)
     elif arguments.init:
@@ -776,7 +763,7 @@ def main(words=None):
     faces, valid = load_faces(arguments, config)
     print(f"{len(faces)} faces of {config.size}x{config.size} to train on, {len(valid)} to "
           f"validate on; {config.steps} steps (--steps for a shorter run), seed {config.seed}, "
-          f"{arguments.device}, {'bfloat16' if amp else 'float32'}")
+          f"{arguments.device}, {'bfloat16' if nets.amp else 'float32'}")
     report = Report(config, arguments, nets, faces, valid)
     train(config, arguments, nets, report, faces, content["step"] if content else 0)
 
