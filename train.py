@@ -485,13 +485,10 @@ class Report:
         self.nets = nets
         self.valid = from_levels(valid).to(arguments.device)
         self.metrics = {}
-        if arguments.data:  # drawn faces are scored at the end, by what is known of them
+        # Drawn faces are scored at the end. LPIPS needs images of 32x32, realism two.
+        if arguments.data and config.size >= 32 and len(valid) >= 2:
             photographs = from_levels(faces[evenly(len(faces), len(valid))])
-            try:
-                require(config.size >= 32, "images are smaller than 32x32")
-                self.metrics = metrics_against(photographs.to(arguments.device))
-            except (ValueError, OSError) as error:
-                print(f"LPIPS, realism and AUC are not measured: {error}")
+            self.metrics = metrics_against(photographs.to(arguments.device))
         best = self.out / "best.pt"  # of a run that is resumed
         self.best = load_checkpoint(best)["best"] if best.exists() else None
         self.terms = {}
@@ -570,13 +567,12 @@ class Report:
         save_image(self.grid(), self.out / "grid.png")
         # Realism alone would choose samples that are all alike. So models whose spread is
         # at least 0.8 of their error come first, and of them the least realism x AUC.
-        best = (False, False, table["SR_psnr"])  # where they are not measured
-        if self.metrics:
-            best = (True, table["hallucination_spread"] >= 0.8,
+        if self.metrics and self.step > self.config.warmup:
+            best = (table["hallucination_spread"] >= 0.8,
                     -table["hallucination_realism"] * table["hallucination_auc"])
-        if self.step > self.config.warmup and (not self.best or best > self.best):
-            self.best = best
-            save_checkpoint(self.out / "best.pt", self.nets.ema, step=self.step, best=best)
+            if not self.best or best > self.best:
+                self.best = best
+                save_checkpoint(self.out / "best.pt", self.nets.ema, step=self.step, best=best)
 
     def append(self, name: str, row: dict):
         """One more line of a table: each row names its own columns."""
