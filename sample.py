@@ -211,6 +211,13 @@ def summarize(rows: dict) -> dict:
     return summary
 
 
+def print_scores(summary: dict):
+    """A line for each row of `summarize`."""
+    for name, row in summary.items():
+        scores = "  ".join(f"{score} {value:.3f}" for score, value in row.items())
+        print(f"  {name:13}  {scores}")
+
+
 def mean_decibel(db: torch.Tensor) -> torch.Tensor:
     """The dB of the mean squared error, over the first dimension: finite if any is."""
     return -10 * torch.log10((10 ** (-db / 10)).mean(0))
@@ -226,6 +233,28 @@ def metrics_against(photographs: torch.Tensor) -> dict:
     """What `evaluate` can measure beside PSNR, against photographs (N, 3, H, W) of others."""
     return {"lpips": LPIPS().to(photographs.device), "realism": Realism(photographs),
             "auc": TwoSampleAUC(photographs)}
+
+
+@torch.no_grad()
+def calibrate(generator, truth: torch.Tensor, samples: int = 10) -> float:
+    """In how many of four directions do hallucinations clearly look? A mean over faces.
+
+    truth (16, N, 3, H, W): drawn faces of one LR each, four for every direction. Clearly:
+    the nearest of the 16 has at most half of the squared error that its opposite has.
+    """
+    lr = quantize(downscale(truth[0], generator.scale))         # (N, 3, h, w)
+    rng = torch.Generator().manual_seed(0)
+    shape = (samples, len(lr), generator.z_dim, *lr.shape[-2:])
+    z = draw_z(shape, generator.settings["z_shared"], rng).to(truth.device)
+    made = torch.stack([sample(generator, lr, latent) for latent in z])
+    error = torch.stack([(made - one).square().mean((2, 3, 4))
+                         for one in truth])                     # (16, K, N)
+    nearest = error.argmin(0)                                   # (K, N)
+    opposite = error.gather(0, (nearest[None] + 8) % 16)[0]     # (K, N)
+    clear = error.amin(0) <= opposite / 2                       # (K, N)
+    looks = [clear & (nearest // 4 == direction) for direction in range(4)]
+    found = torch.stack(looks).any(1).sum(0)                    # (N,), of four
+    return found.float().mean().item()
 
 
 def evaluate_folder(generator, arguments):
@@ -248,9 +277,7 @@ def evaluate_folder(generator, arguments):
     summary = summarize(rows)
     print(f"n = {len(hr)} faces of {side}x{side}, {arguments.samples} samples, seed "
           f"{arguments.seed}, temperature {arguments.temperature:g}")
-    for name, row in summary.items():
-        scores = "  ".join(f"{score} {value:.3f}" for score, value in row.items())
-        print(f"  {name:13}  {scores}")
+    print_scores(summary)
     content = {"n": len(hr), "arguments": vars(arguments), "rows": summary}
     if "ranks" in rows["hallucination"]:
         content["ranks"] = rows["hallucination"]["ranks"].mean(0).tolist()

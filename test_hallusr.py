@@ -34,7 +34,7 @@ import hallusr
 import sample
 import train
 from hallusr import LPIPS, Discriminator, Generator, PerceptualLoss, ResidualBlock, UpBlock
-from train import PRESETS, Config
+from train import PRESETS, Config, possibilities
 
 if "HALLUSR_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or the scripts would take a GPU that is here
@@ -72,7 +72,7 @@ def empty_cache(monkeypatch, tmp_path):
 @pytest.fixture(autouse=True)
 def a_short_end(monkeypatch):
     """At its end a run on drawn faces looks for the eyes of four faces, not of a hundred."""
-    monkeypatch.setattr(train, "calibrate", partial(train.calibrate, faces=4))
+    monkeypatch.setattr(train, "possibilities", lambda count, size: possibilities(4, size))
 
 
 @pytest.fixture(autouse=True)
@@ -1591,7 +1591,7 @@ def test_a_resumed_run_knows_the_best_before(tmp_path, photos, monkeypatch):
 # Eyes look in 16 directions, and opposite to each is the one 8 further on.
 @pytest.mark.parametrize("size", [32, 64])
 def test_a_small_face_hides_where_the_eyes_look_and_nothing_else(size):
-    faces = train.possibilities(20, size)
+    faces = possibilities(20, size)
     assert torch.equal(faces, hallusr.quantize(faces)) and faces.abs().max() <= 1
     for side in (4, 2):
         small = fn.avg_pool2d(faces.flatten(0, 1), size // side)
@@ -1612,7 +1612,7 @@ def test_a_small_face_hides_where_the_eyes_look_and_nothing_else(size):
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_opposite_gazes_are_equally_far_apart(size):
-    faces = train.possibilities(20, size).flatten(0, 1)
+    faces = possibilities(20, size).flatten(0, 1)
     seen = hallusr.image_gradient(fn.avg_pool2d(faces, size // 16)).unflatten(0, (16, 20))
     apart = (seen[:8] - seen[8:]).square().mean(2).sqrt().mean((1, 2, 3))
     middle = (apart.min() + apart.max()) / 2
@@ -1622,6 +1622,8 @@ def test_opposite_gazes_are_equally_far_apart(size):
 class FromTheTruth(torch.nn.Module):
     """Knows what LR hides. choose(z (N, z_dim)) says which of the 16 to show of each face."""
 
+    scale, z_dim, settings = 8, 5, {"z_shared": 1.0}
+
     def __init__(self, truth, choose):
         super().__init__()
         self.truth, self.choose = truth, choose
@@ -1630,35 +1632,43 @@ class FromTheTruth(torch.nn.Module):
         return {"image": [self.truth[self.choose(z[..., 0, 0]), torch.arange(len(lr))]]}
 
 
+def stand_in(make):
+    """A generator of 8x whose image is make(lr, z)."""
+    def generator(lr, z):
+        return {"image": [make(lr, z)]}
+    generator.scale = 8
+    generator.z_dim = 5
+    generator.settings = {"z_shared": 1.0}
+    return generator
+
+
 def test_the_count_at_the_end_of_a_run_shows_a_perfect_sampler_as_perfect():
-    oracle = FromTheTruth(train.possibilities(80, 32),
-                          lambda z: (16 * torch.special.ndtr(z[:, 0])).long().clamp(max=15))
-    found = train.calibrate(oracle, tiny(size=32, scale=8), "cpu", faces=80)
+    truth = possibilities(80, 32)
+    oracle = FromTheTruth(truth, lambda z: (16 * torch.special.ndtr(z[:, 0])).long().clamp(max=15))
+    found = sample.calibrate(oracle, truth)
     assert found == pytest.approx(4 * (1 - 0.75 ** 10), abs=0.15)  # 3.77
 
 
 def test_nothing_simpler_finds_more_than_one_direction():
-    truth = train.possibilities(30, 32)
-    noise = lambda lr, z: {"image": [truth.mean(0) + 0.1 * torch.randn(30, 3, 32, 32)]}
-    bicubic = lambda lr, z: {"image": [sample.upscale_bicubic(lr, 8)]}
-    mean = lambda lr, z: {"image": [truth.mean(0)]}
+    truth = possibilities(30, 32)
+    noise = stand_in(lambda lr, z: truth.mean(0) + 0.1 * torch.randn(30, 3, 32, 32))
+    bicubic = stand_in(lambda lr, z: sample.upscale_bicubic(lr, 8))
+    mean = stand_in(lambda lr, z: truth.mean(0))
     stand_ins = {"one answer": (FromTheTruth(truth, lambda z: torch.arange(len(z)) % 16), 1.0),
                  "noise": (noise, 0.0), "bicubic": (bicubic, 0.0), "mean": (mean, 0.0),
                  "untrained": (Generator(32, 8, 5, 1.0, 3, 1), 0.0)}
     for name, (generator, expected) in stand_ins.items():
-        found = train.calibrate(generator, tiny(size=32, scale=8), "cpu", faces=30)
+        found = sample.calibrate(generator, truth)
         assert found == pytest.approx(expected), name
 
 
-def test_calibration_by_hand(monkeypatch):
+def test_calibration_by_hand():
     def flat(levels_):
         return hallusr.from_levels(torch.tensor(levels_)).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     # One face, grey of level 5 k for direction k, and four hallucinations of it.
-    monkeypatch.setattr(train, "possibilities",
-                        lambda count, size: flat([5.0 * k for k in range(16)])[:, None])
+    truth = flat([5.0 * k for k in range(16)])[:, None]
     values = iter([2.0, 21.0, 22.0, 255.0])
-    found = train.calibrate(lambda lr, z: {"image": [flat([next(values)])]},
-                            tiny(size=8, scale=4), "cpu", faces=1, samples=4)
+    found = sample.calibrate(stand_in(lambda lr, z: flat([next(values)])), truth, samples=4)
     # 2: by 0 (right), 38 from its opposite. 21 and 22: by 4 (down), 39 and 38. 255: by 15
     # (up), but 180 from it, and 220 from its opposite: not clear, as 180^2 > 220^2 / 2.
     assert found == 2.0

@@ -32,9 +32,10 @@ from hallusr import (VGG_LAYERS, Discriminator, Generator, PerceptualLoss, besid
                      energy_score, excess, from_levels, generator_loss, gradient_loss,
                      hallucination_loss, image_gradient, load_checkpoint, load_generator,
                      load_weights, pyramid, quantize, r1_penalty, reconstruction_loss, require,
-                     sample, save_checkpoint, to_levels)
-from sample import (contact_sheet, count, evaluate, evenly, find_device, list_photos,
-                    metrics_against, path_argument, read_photos, run_as_script, summarize)
+                     save_checkpoint, to_levels)
+from sample import (calibrate, contact_sheet, count, evaluate, evenly, find_device, list_photos,
+                    metrics_against, path_argument, print_scores, read_photos, run_as_script,
+                    summarize)
 
 # ---- Settings: a line each -----------------------------------------------------------
 
@@ -442,6 +443,17 @@ def draw_faces(random: torch.Tensor, size: int) -> torch.Tensor:
     return quantize(image)
 
 
+def possibilities(count: int, size: int, seed: int = 2) -> torch.Tensor:
+    """Faces that share one LR, their eyes in 16 directions: (16, count, 3, size, size).
+
+    The first four look right, within an eighth of a turn; then down, left and up.
+    """
+    shared = torch.rand(count, 6, generator=torch.Generator().manual_seed(seed))
+    gazes = (torch.arange(16) - 1.5) / 16
+    return torch.stack([draw_faces(torch.cat([shared, gaze.expand(count, 1)], 1), size)
+                        for gaze in gazes])
+
+
 def load_faces(arguments, config) -> tuple[torch.Tensor, torch.Tensor]:
     """Training and validation faces, uint8 (N, 3, size, size); no file is in both."""
     if not arguments.data:
@@ -558,10 +570,9 @@ class Report:
     def validate(self):
         """Score the running average, draw the grid, keep the best."""
         rows = summarize(evaluate(self.nets.ema, self.valid, 4, **self.metrics))
+        print_scores(rows)
         table = {"step": self.step, "faces": len(self.valid)}
         for name, scores in rows.items():
-            text = "  ".join(f"{score} {value:.3f}" for score, value in scores.items())
-            print(f"  {name:13}  {text}")
             table |= {f"{name}_{score}": value for score, value in scores.items()}
         self.append("valid.jsonl", table)
         save_image(self.grid(), self.out / "grid.png")
@@ -604,7 +615,8 @@ class Report:
             print(f"done: look at {self.out / 'grid.png'}, sample with\n"
                   f"  python sample.py PHOTO --checkpoint {checkpoint}")
         if not self.arguments.data:
-            found = calibrate(self.nets.ema, self.config, self.arguments.device)
+            faces = possibilities(100, self.config.size).to(self.arguments.device)
+            found = calibrate(self.nets.ema, faces)
             print("Each small face hides where the eyes look. Ten hallucinations look in "
                   f"{found:.2f} of four\ndirections: a perfect sampler in 3.77, one face "
                   "repeated in 1.")
@@ -622,43 +634,6 @@ def run_folder(arguments) -> Path:
     # A name of our own must be new: another run may have begun in this second.
     out.mkdir(parents=True, exist_ok=bool(arguments.out))
     return out
-
-
-# ---- Calibration: of drawn faces it is known what fits an LR -------------------------
-
-def possibilities(count: int, size: int, seed: int = 2) -> torch.Tensor:
-    """Faces that share one LR, their eyes in 16 directions: (16, count, 3, size, size).
-
-    The first four look right, within an eighth of a turn; then down, left and up.
-    """
-    shared = torch.rand(count, 6, generator=torch.Generator().manual_seed(seed))
-    gazes = (torch.arange(16) - 1.5) / 16
-    return torch.stack([draw_faces(torch.cat([shared, gaze.expand(count, 1)], 1), size)
-                        for gaze in gazes])
-
-
-@torch.no_grad()
-def calibrate(generator, config, device, faces: int = 100, samples: int = 10) -> float:
-    """In how many of four directions do hallucinations clearly look? A mean over faces.
-
-    Clearly: the nearest of the possibilities has at most half of the squared error that
-    its opposite has.
-    """
-    truth = possibilities(faces, config.size)                   # (16, N, 3, H, W)
-    lr = quantize(downscale(truth[0], config.scale)).to(device)  # (N, 3, h, w)
-    rng = torch.Generator().manual_seed(0)
-    z = draw_z((samples, faces, config.z_dim, *lr.shape[-2:]), config.z_shared, rng)
-    made = torch.stack([sample(generator, lr, latent.to(device)).cpu() for latent in z])
-    error = torch.stack([(made - one).square().mean((2, 3, 4))
-                         for one in truth])                     # (16, K, N)
-    nearest = error.argmin(0)                                   # (K, N)
-    opposite = error.gather(0, (nearest[None] + 8) % 16)[0]     # (K, N)
-    clear = error.amin(0) <= opposite / 2                       # (K, N)
-    found = 0.0
-    for direction in range(4):
-        looks = clear & (nearest // 4 == direction)             # (K, N)
-        found += looks.any(0).float().mean().item()
-    return found
 
 
 # ---- Command line --------------------------------------------------------------------
