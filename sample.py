@@ -442,10 +442,10 @@ def count(word: str) -> int:
 
 
 def path_argument(word: str) -> str:
-    """A path with ~ for home. An empty one, of an unset shell variable, is refused."""
+    """An absolute path, ~ for home. An empty word, of an unset variable, is refused."""
     if not word:
         raise argparse.ArgumentTypeError("expected a path, got an empty word")
-    return os.path.expanduser(word)
+    return os.path.abspath(os.path.expanduser(word))
 
 
 def span(words: str) -> slice:

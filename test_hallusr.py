@@ -2931,7 +2931,7 @@ def test_samples_never_touch_what_is_not_theirs(workplace, monkeypatch, capsys):
     shutil.copy(workplace / "small.png", workplace / "lr/lr.png")
     before = (workplace / "lr/lr.png").read_bytes()
     words = ["lr/lr.png", "--lr", "--checkpoint", "runs/photos/last.pt", "--samples", "11"]
-    with pytest.raises(ValueError, match="results of lr/lr.png would lie beside it, in lr"):
+    with pytest.raises(ValueError, match="results of .*lr/lr.png would lie beside it, in .*lr:"):
         sample.main(words + ["--out", "."])
     assert (workplace / "lr/lr.png").read_bytes() == before
     (workplace / "own/lr").mkdir(parents=True)
@@ -2949,7 +2949,7 @@ def test_photos_of_one_name_do_not_replace_each_others_results(workplace, monkey
     words = "python sample.py {}/one.png --lr --checkpoint runs/photos/last.pt --out shared"
     run_here(words.format("n1"), workplace, monkeypatch, capsys)
     before = (workplace / "shared/one/grid.png").read_bytes()
-    with pytest.raises(ValueError, match="shared/one holds results of another image, see shared/"
+    with pytest.raises(ValueError, match="shared/one holds results of another image, see .*shared/"
                                          "one/source.txt: name another --out"):
         run_here(words.format("n2"), workplace, monkeypatch, capsys)
     assert (workplace / "shared/one/grid.png").read_bytes() == before
@@ -3024,7 +3024,7 @@ def test_realism_is_measured_against_others_spread_over_their_folder(workplace, 
      "expected at least 2 images below .*empty, found 0"),
     ("python train.py --scale 3", "power of two.*got 3"),
     ("python train.py --preset paper --resume runs/photos/last.pt", "no --preset"),
-    ("python train.py --resume no/last.pt", "No such file or directory: 'no/last.pt'"),
+    ("python train.py --resume no/last.pt", "No such file or directory: '/.*no/last.pt'"),
     ("python sample.py photos --checkpoint runs/photos/last.pt", "photos cannot be read"),
     ("python sample.py --lr --checkpoint runs/photos/last.pt", "--lr goes with images"),
     ("python sample.py me.jpg --lr --checkpoint runs/photos/last.pt", "80x70 pixels, LR has 32"),
@@ -3041,7 +3041,7 @@ def test_mistakes_are_named(command, words, workplace, monkeypatch, capsys):
     ("python train.py --data nowhere --perceptual pixels --no-d-features",
      "^train.py: .*No such file or directory: .*nowhere'$", 1),
     ("python train.py --width a", "argument --width: invalid int value: 'a'", 2),
-    ("python sample.py me.jpg --checkpoint me.jpg", "^sample.py: me.jpg is damaged or no", 1),
+    ("python sample.py me.jpg --checkpoint me.jpg", "^sample.py: /.*me.jpg is damaged or no", 1),
 ])
 def test_mistakes_end_with_one_sentence(command, words, expected, workplace):
     code, printed = run_script(command, workplace)

@@ -691,9 +691,6 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
             values["warmup"] = 0  # a trained G knows the reconstruction
     # Once more, over these values: argparse changes only those that a flag names.
     arguments = parser.parse_args(words, argparse.Namespace(**values))
-    for name in ("data", "val"):
-        if getattr(arguments, name):  # to be found from wherever the run is resumed
-            setattr(arguments, name, os.path.abspath(getattr(arguments, name)))
     config = Config(**{name: getattr(arguments, name) for name in PRESETS["paper"]})
     check_config(config)
     require(not content or content["step"] < config.steps,
