@@ -4,15 +4,13 @@
     python train.py --data FOLDER           photos: hours on a GPU, days on a CPU
     python train.py --resume OUT/last.pt    go on with a run that was stopped
 
-Into --out go last.pt and best.pt (checkpoints), grid.png (look at it), and the tables
-log.jsonl and valid.jsonl, a line of JSON for each row. Of a step that stands twice, as
-after a crash, the later row counts.
+Into --out go last.pt and best.pt (checkpoints), grid.png (look at it), log.jsonl and
+valid.jsonl: tables, a line of JSON for each row. Of two rows of a step the later counts.
 """
 import argparse
 import copy
 import json
 import math
-import os
 import shlex
 import signal
 import time
@@ -374,7 +372,7 @@ class Networks:
 def train(config, arguments, nets, report, faces, start: int):
     """Train from step `start` until config.steps or Ctrl-C."""
     step_once = partial(training_step, nets, config)
-    device = next(nets.G.parameters()).device
+    device = torch.device(arguments.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if arguments.graph:
@@ -397,11 +395,10 @@ def batch_at(faces: torch.Tensor, config, step: int, device) -> tuple:
     chosen = torch.randint(len(faces), (config.batch,), generator=rng)
     mirrored = torch.rand(config.batch, 1, 1, 1, generator=rng) < 0.5
     small = config.size // config.scale
-    z1, z2 = draw_z((2, config.batch, config.z_dim, small, small), config.z_shared, rng)
+    z = draw_z((2, config.batch, config.z_dim, small, small), config.z_shared, rng)
     hr = faces[chosen]
     hr = torch.where(mirrored, hr.flip(-1), hr)
-    z1 = z1.to(device, non_blocking=True)
-    z2 = z2.to(device, non_blocking=True)
+    z1, z2 = z.to(device, non_blocking=True)
     return from_levels(hr.to(device, non_blocking=True)), z1, z2
 
 
@@ -628,8 +625,7 @@ def run_folder(arguments) -> Path:
         return Path(arguments.resume).parent
     name = Path(arguments.data or "drawn").name + time.strftime("-%m%d-%H%M%S")
     out = Path(arguments.out or Path("runs", name))
-    files = ("last.pt", "best.pt", "log.jsonl", "valid.jsonl", "grid.png")
-    require(not any((out / file).exists() for file in files),
+    require(not any((out / file).exists() for file in ("last.pt", "best.pt", "log.jsonl")),
             f"{out} holds a run already: --resume it, delete it, or name another --out")
     # A name of our own must be new: another run may have begun in this second.
     out.mkdir(parents=True, exist_ok=bool(arguments.out))
@@ -707,16 +703,15 @@ def load_run(arguments) -> dict:
     # From an older one, the newest would be overwritten.
     require(path.name == "last.pt", f"--resume takes a run's last.pt, got {path}")
     content = load_checkpoint(path)
-    require("opt_G" in content, f"{path} holds a generator alone: it cannot be trained on")
     known = {*RUN, *PRESETS["paper"]}
-    require(known == {*content["run"], *content["config"]},
-            f"{path} is of another version: go on with that one")
+    require(known == {*content.get("run", ()), *content.get("config", ())},
+            f"{path} is of another version, or holds a generator alone")
     return content
 
 
 def main(words=None):
     arguments, config, content = prepare(words)
-    if not arguments.data and "OMP_NUM_THREADS" not in os.environ:
+    if not arguments.data:
         # Small images gain little from a second thread, and lose much beside a busy program.
         torch.set_num_threads(1)
     changed = [f"{name} {value} ({PRESETS['paper'][name]})"
