@@ -236,11 +236,12 @@ def metrics_against(photographs: torch.Tensor) -> dict:
 
 
 @torch.no_grad()
-def calibrate(generator, truth: torch.Tensor, samples: int = 10) -> float:
+def directions_found(generator, truth: torch.Tensor, samples: int = 10) -> float:
     """In how many of four directions do hallucinations clearly look? A mean over faces.
 
-    truth (16, N, 3, H, W): drawn faces of one LR each, four for every direction. Clearly:
-    the nearest of the 16 has at most half of the squared error that its opposite has.
+    truth (16, N, 3, H, W), from train.py's `possibilities`: drawn faces that share an LR,
+    four for each direction, k opposite to k + 8. Clearly: the nearest of the 16 has at
+    most half of the squared error that its opposite has.
     """
     lr = quantize(downscale(truth[0], generator.scale))         # (N, 3, h, w)
     rng = torch.Generator().manual_seed(0)
@@ -370,17 +371,16 @@ def write_samples(generator, path: str, arguments):
 def results_folder(path: str, arguments) -> Path:
     """The folder of a photo's results below --out, made, and rid of earlier samples.
 
-    Raises ValueError where the photo itself, or results of another one, lie in it.
+    Raises ValueError where there is anything else, such as results of another photo.
     """
-    photo = Path(path).resolve()
+    photo = os.fsencode(Path(path).resolve())
     folder = Path(arguments.out, Path(path).stem.lstrip("."))  # ".." would lead upwards
-    require(photo.parent != folder.resolve(),
-            f"results of {path} would lie beside it, in {folder}: name another --out")
     source = folder / "source.txt"
-    require(not source.exists() or source.read_bytes() == os.fsencode(photo),
-            f"{folder} holds results of another image, see {source}: name another --out")
+    mine = source.exists() and source.read_bytes() == photo
+    require(mine or not folder.exists(),
+            f"{folder} holds something else than results of {path}: name another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    source.write_bytes(os.fsencode(photo))
+    source.write_bytes(photo)
     # Those of another model or seed must not stand among the new ones.
     for old in folder.iterdir():
         if re.fullmatch(r"hallucination_\d+\.png|walk\.gif", old.name):
@@ -445,7 +445,7 @@ def path_argument(word: str) -> str:
     """An absolute path, ~ for home. An empty word, of an unset variable, is refused."""
     if not word:
         raise argparse.ArgumentTypeError("expected a path, got an empty word")
-    return os.path.abspath(os.path.expanduser(word))
+    return str(Path(os.path.expanduser(word)).absolute())  # abspath would follow a link's ".."
 
 
 def span(words: str) -> slice:

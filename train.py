@@ -4,8 +4,8 @@
     python train.py --data FOLDER           photos: hours on a GPU, days on a CPU
     python train.py --resume OUT/last.pt    go on with a run that was stopped
 
-Into --out go last.pt and best.pt (checkpoints), grid.png (look at it), log.jsonl and
-valid.jsonl: tables, a line of JSON for each row. Of two rows of a step the later counts.
+Into --out go last.pt and, of photos, best.pt (checkpoints), grid.png (look at it), and
+two tables, a line of JSON for each row: log.jsonl and valid.jsonl.
 """
 import argparse
 import copy
@@ -31,9 +31,9 @@ from hallusr import (VGG_LAYERS, Discriminator, Generator, PerceptualLoss, besid
                      hallucination_loss, image_gradient, load_checkpoint, load_generator,
                      load_weights, pyramid, quantize, r1_penalty, reconstruction_loss, require,
                      save_checkpoint, to_levels)
-from sample import (calibrate, contact_sheet, count, evaluate, evenly, find_device, list_photos,
-                    metrics_against, path_argument, print_scores, read_photos, run_as_script,
-                    summarize)
+from sample import (contact_sheet, count, directions_found, evaluate, evenly, find_device,
+                    list_photos, metrics_against, path_argument, print_scores, read_photos,
+                    run_as_script, summarize)
 
 # ---- Settings: a line each -----------------------------------------------------------
 
@@ -281,14 +281,16 @@ class GraphedStep:
             with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
                 self.terms[kind] = self.step(*self.batch, kind)
         except RuntimeError as error:
-            raise RuntimeError("no CUDA graph could be recorded: take --no-graph") from error
+            # torch raises a second error over the reason.
+            raise ValueError(f"no CUDA graph of a step {kind!r}, go on with --no-graph: "
+                             f"{error.__context__ or error}") from error
         self.graphs[kind] = graph
 
 
 class Networks:
     """All that a step works with: G, its average, D_I, D_g, VGG-16 and two optimisers.
 
-    amp: forward passes in bfloat16; None: on a CUDA GPU that has it.
+    amp: forward passes in bfloat16; None: if device is a CUDA GPU that has it.
     """
 
     def __init__(self, config, device, amp: bool | None = None):
@@ -305,8 +307,7 @@ class Networks:
         if config.d_features:
             self.phi = PerceptualLoss(list(VGG_LAYERS)[len(self.G.up_blocks) - 1]).to(device)
         for network in (self.G, self.ema, self.D_I, self.D_g):
-            # The layout in which convolutions are fastest.
-            network.to(device, memory_format=torch.channels_last)
+            network.to(device, memory_format=torch.channels_last)  # fastest convolutions
         pixels = config.perceptual == "pixels"
         perceptual = torch.nn.L1Loss() if pixels else PerceptualLoss(config.perceptual)
         self.perceptual = perceptual.to(device)                 # (6)
@@ -372,7 +373,7 @@ class Networks:
 def train(config, arguments, nets, report, faces, start: int):
     """Train from step `start` until config.steps or Ctrl-C."""
     step_once = partial(training_step, nets, config)
-    device = torch.device(arguments.device)
+    device = next(nets.G.parameters()).device  # cuda:0 where "cuda" was said
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if arguments.graph:
@@ -494,20 +495,21 @@ class Report:
         self.nets = nets
         self.valid = from_levels(valid).to(arguments.device)
         self.metrics = {}
-        # Drawn faces are scored at the end. LPIPS needs images of 32x32, realism two.
-        if arguments.data and config.size >= 32 and len(valid) >= 2:
+        # LPIPS needs sides of 31, realism and AUC two faces on both sides.
+        if arguments.data and config.size >= 31 and min(len(faces), len(valid)) >= 2:
             photographs = from_levels(faces[evenly(len(faces), len(valid))])
             self.metrics = metrics_against(photographs.to(arguments.device))
         best = self.out / "best.pt"  # of a run that is resumed
-        self.best = load_checkpoint(best)["best"] if best.exists() else None
+        self.best = load_checkpoint(best).get("score") if best.exists() else None
         self.terms = {}
         self.count = 0
         self.stop = False
         self.since = time.perf_counter()
         hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        self.handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM, hang_up):
             if signal.getsignal(number) != signal.SIG_IGN:  # as in a script's background
-                signal.signal(number, self.interrupt)
+                self.handlers[number] = signal.signal(number, self.interrupt)
 
     def interrupt(self, *_):
         """The first Ctrl-C lets the step end and saves; the second kills."""
@@ -543,9 +545,7 @@ class Report:
         """Over the steps since the last line. Raises FloatingPointError at NaN or Inf."""
         # Not every step has every term.
         terms = {name: torch.stack(values).mean().item() for name, values in self.terms.items()}
-        weights = [*self.nets.G.parameters(), *self.nets.opt_D.param_groups[0]["params"]]
-        total = sum(weight.detach().sum() for weight in weights).item()
-        for name, value in (terms | {"a weight": total}).items():
+        for name, value in terms.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{name} became {value} by step {self.step}; "
                                          "no file changed")
@@ -576,11 +576,11 @@ class Report:
         # Realism alone would choose samples that are all alike. So models whose spread is
         # at least 0.8 of their error come first, and of them the least realism x AUC.
         if self.metrics and self.step > self.config.warmup:
-            best = (table["hallucination_spread"] >= 0.8,
-                    -table["hallucination_realism"] * table["hallucination_auc"])
-            if not self.best or best > self.best:
-                self.best = best
-                save_checkpoint(self.out / "best.pt", self.nets.ema, step=self.step, best=best)
+            score = (table["hallucination_spread"] >= 0.8,
+                     -table["hallucination_realism"] * table["hallucination_auc"])
+            if not self.best or score > self.best:  # compared from the left
+                self.best = score
+                save_checkpoint(self.out / "best.pt", self.nets.ema, step=self.step, score=score)
 
     def append(self, name: str, row: dict):
         """One more line of a table: each row names its own columns."""
@@ -605,6 +605,8 @@ class Report:
 
     def finish(self):
         """The last words: how to go on, or what came of it."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         checkpoint = shlex.quote(str(self.out / "last.pt"))
         if self.step < self.config.steps:
             print(f"stopped and saved; go on with\n  python train.py --resume {checkpoint}")
@@ -613,7 +615,7 @@ class Report:
                   f"  python sample.py PHOTO --checkpoint {checkpoint}")
         if not self.arguments.data:
             faces = possibilities(100, self.config.size).to(self.arguments.device)
-            found = calibrate(self.nets.ema, faces)
+            found = directions_found(self.nets.ema, faces)
             print("Each small face hides where the eyes look. Ten hallucinations look in "
                   f"{found:.2f} of four\ndirections: a perfect sampler in 3.77, one face "
                   "repeated in 1.")
@@ -625,7 +627,8 @@ def run_folder(arguments) -> Path:
         return Path(arguments.resume).parent
     name = Path(arguments.data or "drawn").name + time.strftime("-%m%d-%H%M%S")
     out = Path(arguments.out or Path("runs", name))
-    require(not any((out / file).exists() for file in ("last.pt", "best.pt", "log.jsonl")),
+    files = ("last.pt", "best.pt", "log.jsonl", "valid.jsonl", "grid.png")
+    require(not any((out / file).exists() for file in files),
             f"{out} holds a run already: --resume it, delete it, or name another --out")
     # A name of our own must be new: another run may have begun in this second.
     out.mkdir(parents=True, exist_ok=bool(arguments.out))
@@ -634,8 +637,7 @@ def run_folder(arguments) -> Path:
 
 # ---- Command line --------------------------------------------------------------------
 
-# What a run is made of beside its Config: kept in its checkpoints, and taken up by
-# --resume.
+# Of a run beside its Config: kept in its checkpoints, taken up by --resume.
 RUN = ("data", "val", "drawn", "val_faces", "val_every", "log_every", "amp")
 
 
@@ -674,9 +676,8 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
     """Arguments, settings, and the checkpoint to resume. A flag beats preset and checkpoint."""
     parser = build_parser()
     arguments = parser.parse_args(words)
-    content = None
-    if arguments.resume:
-        content = load_run(arguments)
+    content = load_run(arguments) if arguments.resume else None
+    if content:
         values = content["run"] | content["config"]
     else:
         values = dict(PRESETS[arguments.preset or ("photos" if arguments.data else "drawn")])
@@ -705,7 +706,7 @@ def load_run(arguments) -> dict:
     content = load_checkpoint(path)
     known = {*RUN, *PRESETS["paper"]}
     require(known == {*content.get("run", ()), *content.get("config", ())},
-            f"{path} is of another version, or holds a generator alone")
+            f"{path} is of another version, or a generator alone: --init starts from that")
     return content
 
 
@@ -717,7 +718,7 @@ def main(words=None):
     changed = [f"{name} {value} ({PRESETS['paper'][name]})"
                for name, value in asdict(config).items() if value != PRESETS["paper"][name]]
     print(f"differs from --preset paper in: {', '.join(changed) or 'nothing'}")
-    # Before the faces are read, which may take minutes: weights may be missing.
+    # Before the faces are read, which may take minutes: VGG-16 may be missing.
     nets = Networks(config, arguments.device, arguments.amp)
     if content:
         nets.load(content, arguments.resume)
@@ -743,7 +744,6 @@ def check_config(config):
         high = 1 if name in ("z_shared", "decay", "ema") else math.inf
         require(type(value) is str or low <= value <= high,
                 f"{name} must be in [{low}, {high}], got {value}")
-    require(config.tau > 0, f"tau must be positive, got {config.tau}")
 
 
 if __name__ == "__main__":
