@@ -445,7 +445,7 @@ def path_argument(word: str) -> str:
     """An absolute path, ~ for home. An empty word, of an unset variable, is refused."""
     if not word:
         raise argparse.ArgumentTypeError("expected a path, got an empty word")
-    return str(Path(os.path.expanduser(word)).absolute())  # abspath would follow a link's ".."
+    return str(Path(os.path.expanduser(word)).absolute())  # ".." stays: it may follow a link
 
 
 def span(words: str) -> slice:

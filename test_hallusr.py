@@ -1674,7 +1674,7 @@ def test_calibration_by_hand():
 
 
 def test_a_run_says_where_its_hallucinations_look(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "calibrate", lambda *_: 3.456)
+    monkeypatch.setattr(train, "directions_found", lambda *_: 3.456)
     run_training(tmp_path)
     assert "look in 3.46 of four\ndirections" in capsys.readouterr().out
 
@@ -2708,7 +2708,7 @@ def test_training_does_not_go_on_from_what_is_no_run(tmp_path):
     with pytest.raises(ValueError, match="last.pt is spoiled: to_logits.bias holds NaN"):
         train.main(["--resume", str(path), "--steps", "7", "--device", "cpu"])
     hallusr.save_checkpoint(path, Generator(**G4))
-    with pytest.raises(ValueError, match="last.pt is of another version, or holds a generator"):
+    with pytest.raises(ValueError, match="last.pt is of another version, or a generator alone: --init"):
         train.main(["--resume", str(path), "--steps", "7", "--device", "cpu"])
 
 

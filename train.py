@@ -508,7 +508,7 @@ class Report:
         hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
         self.handlers = {}
         for number in (signal.SIGINT, signal.SIGTERM, hang_up):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as in a script's background
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as in a background job
                 self.handlers[number] = signal.signal(number, self.interrupt)
 
     def interrupt(self, *_):
