@@ -1994,7 +1994,7 @@ def test_what_cannot_be_recorded_says_what_to_do(monkeypatch):
     for _ in range(2):
         step(*torch.zeros(3, 1), "plain")
     with pytest.raises(ValueError, match="^no CUDA graph of a step 'plain', go on with --no-graph: "
-                                         "operation not permitted"):
+                                         "operation not permitted$"):
         step(*torch.zeros(3, 1), "plain")
 
 
@@ -2004,7 +2004,8 @@ def test_the_gpu_is_chosen_by_its_number(given, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device))
     where = torch.device("cuda:1")
-    nets = SimpleNamespace(G=SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=where)])))
+    weight = SimpleNamespace(device=where)
+    nets = SimpleNamespace(G=SimpleNamespace(parameters=lambda: iter([weight])))
     arguments = SimpleNamespace(device=given, graph=False)
     report = SimpleNamespace(finish=lambda: None)
     train.train(tiny(steps=3), arguments, nets, report, None, 3)
@@ -2708,7 +2709,8 @@ def test_training_does_not_go_on_from_what_is_no_run(tmp_path):
     with pytest.raises(ValueError, match="last.pt is spoiled: to_logits.bias holds NaN"):
         train.main(["--resume", str(path), "--steps", "7", "--device", "cpu"])
     hallusr.save_checkpoint(path, Generator(**G4))
-    with pytest.raises(ValueError, match="last.pt is of another version, or a generator alone: --init"):
+    with pytest.raises(ValueError, match="last.pt is of another version, or a generator alone: "
+                                         "--init starts from that"):
         train.main(["--resume", str(path), "--steps", "7", "--device", "cpu"])
 
 
@@ -2953,7 +2955,8 @@ def test_photos_of_one_name_do_not_replace_each_others_results(workplace, monkey
     words = "python sample.py {}/one.png --lr --checkpoint runs/photos/last.pt --out shared"
     run_here(words.format("n1"), workplace, monkeypatch, capsys)
     before = (workplace / "shared/one/grid.png").read_bytes()
-    with pytest.raises(ValueError, match="shared/one holds something else than results of .*n2/one"):
+    with pytest.raises(ValueError, match="shared/one holds something else than results of "
+                                         ".*n2/one.png: name another --out"):
         run_here(words.format("n2"), workplace, monkeypatch, capsys)
     assert (workplace / "shared/one/grid.png").read_bytes() == before
     run_here(words.format("./n1/../n1") + " --seed 1", workplace, monkeypatch, capsys)
