@@ -10,7 +10,7 @@ Default arguments are those of --preset paper. Training (section 4.1) is in trai
     I^LR        lr              (N, 3, h, w)       [-1, 1], on 256 levels as in a file
     I^HR        hr              (N, 3, H, W)       [-1, 1], not [0, 1]; H = scale * h
     I^SR        sr              (N, 3, H, W)       about [-1, 1]: G's image at z = 0
-    I^H_z       hallucination   (N, 3, H, W)       the same, at z ~ N(0, I)
+    I^H_z       h1, h2          (N, 3, H, W)       the same, at z ~ N(0, I)
     g           gradient        (N, 3, H, W)       >= 0 of images; from G any
     z           z               (N, z_dim, h, w)   N(0, I) at every LR pixel, or zero
     DS          downscale       -> (N, 3, h, w)    box average
@@ -18,8 +18,8 @@ Default arguments are those of --preset paper. Training (section 4.1) is in trai
     D_I, D_g    Discriminator   -> (N, 1, h, w)    logits: > 0 says "a photograph"
 
 To copy a piece, take along the imports and what its docstring names after "Needs".
-Its statements that begin with require or check_, some of which span lines, may go: they
-stop wrong arguments, of which some would give a wrong number without a word.
+Statements that begin with require or check_ may go: they stop wrong arguments, some of
+which would give a wrong number without a word.
 """
 import os
 from pathlib import Path
@@ -73,8 +73,7 @@ def upscale_nearest(x: torch.Tensor, factor: int) -> torch.Tensor:
 
 def pyramid(x: torch.Tensor, resolutions: int) -> list[torch.Tensor]:
     """An image at every resolution, coarse to fine, as G makes them. Needs: downscale."""
-    coarser = [downscale(x, 2 ** level) for level in reversed(range(1, resolutions))]
-    return coarser + [x]
+    return [downscale(x, 2 ** level) for level in reversed(range(resolutions))]
 
 
 # ---- 2.1 Image reconstruction --------------------------------------------------------
@@ -89,7 +88,7 @@ def image_gradient(x: torch.Tensor) -> torch.Tensor:
     padded = fn.pad(x, (1, 1, 1, 1), mode="replicate")
     g_x = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]  # (3) I(x+1, y) - I(x-1, y)
     g_y = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]  # (4) I(x, y+1) - I(x, y-1)
-    # Without 1e-6 the root is infinitely steep at 0: a flat area would give NaN.
+    # Without 1e-6 the root is infinitely steep at 0: to learn from a flat area gives NaN.
     return (g_x.square() + g_y.square() + 1e-6).sqrt()      # (5)
 
 
@@ -254,12 +253,11 @@ def excess(image: torch.Tensor, lr: torch.Tensor, eps: float = 12.75) -> torch.T
     """F of (12): by how many grey levels, beyond eps, the shrunken image misses LR.
 
     image (N, 3, H, W), lr (N, 3, h, w) rounded to 8 bits -> (N, 3, h, w), 0 for the true
-    image. In training alone, for D_I: at evaluation lr_psnr says how well LR is met.
+    image. For D_I, in training; lr_psnr is the score.
     The image is not clamped first, so F does not see what saving it would clip.
     Needs: quantize, to_levels, from_levels, downscale, scale_between.
     """
     require(eps >= 0, f"eps must be >= 0, got {eps}")
-    # Of an LR shrunk bicubically, antialiased, 996 of 1,000 values are within this eps.
     shrunk = downscale(image, scale_between(image, lr))         # (N, 3, h, w)
     # In grey levels, D_I sees a small error without large weights.
     r = 2 / 255
@@ -485,7 +483,7 @@ class Discriminator(nn.Module):
         return self.to_logits(features)                         # (N, 1, h, w)
 
 
-# ---- 4.2 Metrics: those of images round to 8 bits first, all but LPIPS ---------------
+# ---- 4.2 Metrics: all but LPIPS round images to 8 bits first -------------------------
 
 def psnr(image: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB, on 8-bit RGB. Infinite where both agree.

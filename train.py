@@ -61,7 +61,7 @@ SETTINGS = [
     ("energy",           0.0,   10.0,  10.0,  "2.3",    "weight of the energy score"),
     ("pixel",            0.0,   10.0,  0.0,   "2.3",    "weight of L1 on pixels at z = 0"),
     ("warmup",           0,     3000,  500,   "2.3",    "first steps: G alone, at z = 0"),
-    ("r1_gamma",         10.0,  0.1,   10.0,  "open",   "weight of R1, not (10)'s gamma"),
+    ("r1_gamma",         10.0,  0.1,   10.0,  "open",   "R1's own gamma, not (10)'s"),
     ("r1_every",         1,     16,    16,    "2.3",    "steps from one R1 to the next"),
     ("learning_rate_g",  1e-4,  5e-4,  2e-3,  "4.1",    "Adam's learning rate for G"),
     ("learning_rate_d",  4e-4,  5e-4,  2e-3,  "open",   "Adam's learning rate for D_I and D_g"),
@@ -99,7 +99,7 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
     F_h = excess(h1["image"][-1], lr, config.eps)               # (12)  (B, 3, h, w)
     F_real = torch.zeros_like(F_h)  # a photograph shrinks to its own LR exactly
 
-    # D step: photographs against z1's images. Undetached, as `update` moves D alone.
+    # D step: photographs against z1's images. No detach: `update` moves D alone.
     seen_real = with_features(nets, real)
     seen_h = with_features(nets, h1)
     on_real = judge(nets, seen_real, F_real)
@@ -141,7 +141,7 @@ def training_step(nets, config, hr, z1, z2, kind: str) -> dict:
 
 
 def warmup_step(nets, config, hr, lr, zero) -> dict:
-    """A step of G alone, at z = 0: (10) without L_adv, and L1 on pixels."""
+    """A step of G alone, at z = 0: (10) without L_adv, plus L1 on pixels."""
     with nets.autocast:
         sr = nets.G(lr, zero)                                   # (1)
     fit = distances(nets, sr, hr)
@@ -342,10 +342,10 @@ class Networks:
             else:
                 group["lr"] = factor * rate
 
-    def update_ema(self, decay: float, step: int):
+    def update_ema(self, ema: float, step: int):
         """The running average follows G: faster at first, to forget the poor first weights."""
-        decay = min(decay, (1 + step) / (10 + step))
-        follow = get_ema_multi_avg_fn(decay)  # all weights at once
+        ema = min(ema, (1 + step) / (10 + step))
+        follow = get_ema_multi_avg_fn(ema)  # all weights at once
         follow(list(self.ema.parameters()), list(self.G.parameters()), None)
 
     def load(self, content: dict, path):
