@@ -761,6 +761,8 @@ def save_checkpoint(path: str | Path, generator: nn.Module, **training):
     """
     require(isinstance(generator, Generator), "expected a Generator, got a "
             f"{type(generator).__name__}: pass the module that it wraps")
+    require(all(weight.isfinite().all() for weight in generator.state_dict().values()),
+            f"weights became NaN or infinite; {path} is as it was")
     content = {"hallusr": 4, "settings": generator.settings,
                "generator": generator.state_dict()}
     target = os.path.realpath(path)  # a link stays one: what it points to is written
@@ -816,7 +818,8 @@ def pretrained_features(build, weights, end: int) -> nn.Sequential:
     """The first `end` modules of a torchvision network's `features`, frozen."""
     with torch.device("meta"):  # the network's shape, without its memory
         features = build().features[:end]
-    state = torch.hub.load_state_dict_from_url(weights.url, map_location="cpu", weights_only=True)
+    state = torch.hub.load_state_dict_from_url(weights.url, map_location="cpu",
+                                               weights_only=True, check_hash=True)
     own = {name: state["features." + name] for name in features.state_dict()}
     features.load_state_dict(own, assign=True)
     features.to(memory_format=torch.channels_last)  # convolutions are fastest so

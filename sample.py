@@ -196,13 +196,13 @@ def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -
 def summarize(rows: dict) -> dict:
     """Means of `evaluate` over images, as plain numbers.
 
-    "spread": spread / error, 1 is right. PSNR counts 100 dB where an image is exact.
+    "spread": spread / error, 1 is right. Where all is exact, dB count as 100.
     """
     summary = {}
     for row, metrics in rows.items():
         means = {name: values.mean().item() for name, values in metrics.items()
                  if name not in ("ranks", "variance", "error")}
-        means["lr_psnr"] = mean_decibel(metrics["lr_psnr"]).item()
+        means["lr_psnr"] = mean_decibel(metrics["lr_psnr"]).clamp(max=100).item()
         means["psnr"] = metrics["psnr"].clamp(max=100).mean().item()
         if "variance" in metrics:
             ratio = metrics["variance"].mean() / metrics["error"].mean()
@@ -351,8 +351,8 @@ def write_samples(generator, path: str, arguments):
     z = arguments.temperature * z.to(lr.device)
     for_walk, z = z.tensor_split([2])
     latents = torch.cat([torch.zeros_like(z[:1]), z])
-    samples = torch.cat([sample(generator, lr.expand(len(part), -1, -1, -1), part)
-                         for part in latents.split(50)])  # 50 fit any memory
+    # One at a time: any number fits the memory, and none depends on how many there are.
+    samples = torch.cat([sample(generator, lr, one) for one in latents.split(1)])
 
     images = {"lr": lr, "sr": samples[:1], "mean": samples[1:].mean(0, keepdim=True)}
     images["std"] = std_map(samples[1:, None]) / 32 - 1  # white: 64 grey levels
@@ -394,7 +394,7 @@ def write_walk(generator, lr, a, b, path: Path, frames: int = 48):
     angles = torch.arange(frames, device=lr.device) * 2 * math.pi / frames
     angles = angles.view(-1, 1, 1, 1)
     z = angles.cos() * a + angles.sin() * b                     # (frames, z_dim, h, w)
-    images = sample(generator, lr.expand(frames, -1, -1, -1), z)
+    images = torch.cat([sample(generator, lr, one) for one in z.split(1)])
     shown = to_levels(upscale_nearest(images, 3)).to(torch.uint8).cpu()
     pictures = [v2.functional.to_pil_image(image) for image in shown]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0)
@@ -476,16 +476,16 @@ def run_as_script(main):
     torch.backends.cudnn.allow_tf32 = False
     script = Path(sys.argv[0]).name
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        # A file's name may hold letters that the terminal has not.
-        sys.stdout.reconfigure(errors="replace")
-        # A log is read while it grows.
-        sys.stdout.reconfigure(line_buffering=True)
+        # A log is read while it grows; a file's name may hold letters that a terminal has not.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
         print(end="", flush=True)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)  # a shell's number for Ctrl-C
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"{script}: {error}")
     except (RuntimeError, MemoryError) as error:

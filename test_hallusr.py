@@ -1787,6 +1787,16 @@ def test_ctrl_c_saves_and_says_how_to_resume(name, tmp_path, monkeypatch, capsys
     assert f"python train.py --resume {tmp_path / 'last.pt'}\n" in capsys.readouterr().out
 
 
+def test_ctrl_c_while_validating_takes_no_further_step(tmp_path, monkeypatch):
+    validate = train.Report.validate
+
+    def interrupted(self):
+        signal.raise_signal(signal.SIGINT)
+        validate(self)
+    monkeypatch.setattr(train.Report, "validate", interrupted)
+    assert run_training(tmp_path, "--steps", "9", "--val-every", "3")["step"] == 3
+
+
 def test_a_second_ctrl_c_kills(tmp_path, monkeypatch):
     seen, step_done = [], train.Report.step_done
 
@@ -2164,7 +2174,7 @@ def test_samples_are_of_z_0_and_of_noise_as_the_model_knows_it(tmp_path):
         lr=True, device="cpu", seed=7, samples=3, temperature=2.0, out=str(tmp_path), walk=False))
     rng = torch.Generator().manual_seed(7)
     z = torch.cat([hallusr.draw_z((1, 5, 4, 4), 0.5, rng) for _ in range(2 + 3)])[2:]  # 2: walk
-    assert torch.equal(seen[0], torch.cat([torch.zeros(1, 5, 4, 4), 2 * z]))
+    assert torch.equal(torch.cat(seen[:4]), torch.cat([torch.zeros(1, 5, 4, 4), 2 * z]))
 
 
 def test_settings_reach_the_networks():
@@ -2466,6 +2476,25 @@ def test_too_little_memory_is_one_sentence(error):
         sample.run_as_script(fault)
 
 
+def test_ctrl_c_ends_a_script_without_a_traceback():
+    def interrupted():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as ended:
+        sample.run_as_script(interrupted)
+    assert ended.value.code == 130
+
+
+def test_spoiled_weights_replace_no_good_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    generator = Generator(**G4)
+    hallusr.save_checkpoint(path, generator)
+    good = path.read_bytes()
+    generator.first_conv.bias.data[3] = math.inf
+    with pytest.raises(ValueError, match="weights became NaN or infinite; .*last.pt is as it was"):
+        hallusr.save_checkpoint(path, generator)
+    assert path.read_bytes() == good
+
+
 def test_a_wrapped_generator_is_refused(tmp_path):
     class Wrapper(torch.nn.Module):
         settings = {}
@@ -2480,9 +2509,11 @@ def test_scripts_run_without_docstrings(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_one_exact_image_leaves_a_mean_psnr_finite():
-    rows = {"bicubic": {"psnr": torch.tensor([20.0, math.inf]), "lr_psnr": torch.ones(2)}}
-    assert sample.summarize(rows)["bicubic"]["psnr"] == pytest.approx(60.0)
+def test_exact_images_leave_scores_finite():
+    exact = torch.tensor([math.inf, math.inf])
+    rows = {"bicubic": {"psnr": torch.tensor([20.0, math.inf]), "lr_psnr": exact}}
+    found = sample.summarize(rows)["bicubic"]
+    assert found == pytest.approx({"psnr": 60.0, "lr_psnr": 100.0})
 
 
 def test_a_photo_of_400_megapixels_is_refused_before_it_takes_memory(tmp_path):
@@ -2700,6 +2731,8 @@ def test_resume_takes_data_and_settings_from_the_run(tmp_path):
     arguments, config, _ = train.prepare(["--resume", str(tmp_path / "last.pt"), "--steps", "7"])
     assert (config.alpha, config.steps, arguments.drawn) == (3.0, 7, 20)
     assert train.run_folder(arguments) == tmp_path
+    with pytest.raises(ValueError, match="--resume keeps --val-faces"):
+        train.prepare(["--resume", str(tmp_path / "last.pt"), "--steps", "7", "--val-faces", "3"])
 
 
 def test_training_does_not_go_on_from_what_is_no_run(tmp_path):

@@ -202,9 +202,8 @@ def r1_of_both(nets, real: dict, F_real: torch.Tensor) -> torch.Tensor:
     gradients = [edges.detach().requires_grad_() for edges in real["gradient"]]
     # Down to the pixels: a D gentle at VGG-16's features may be steep there.
     seen = images if nets.phi is None else beside_features(images, nets.phi)
-    of_D_I = r1_penalty(nets.D_I(seen, F_real), images)
-    of_D_g = r1_penalty(nets.D_g(gradients), gradients)
-    return of_D_I + of_D_g
+    loss = r1_penalty(nets.D_I(seen, F_real), images)
+    return loss + r1_penalty(nets.D_g(gradients), gradients)
 
 
 def mean_energy(real: dict, one: dict, two: dict) -> torch.Tensor:
@@ -523,8 +522,7 @@ class Report:
         # A copy, as a CUDA graph writes the next step's to the same place.
         for name, value in zip(terms, torch.stack(list(terms.values())).unbind()):
             self.terms.setdefault(name, []).append(value)
-        finished = self.stop or step == self.config.steps  # read once: Ctrl-C may come now
-        due = finished or step % self.arguments.val_every == 0
+        due = self.stop or step == self.config.steps or step % self.arguments.val_every == 0
         if due or step == 1 or step % self.arguments.log_every == 0:
             terms = self.means()  # it also keeps NaN out of a checkpoint
             if due:
@@ -539,7 +537,7 @@ class Report:
             self.terms = {}
             self.count = 0
             self.since = time.perf_counter()  # training's alone: validation is over
-        return finished
+        return due and (self.stop or step == self.config.steps)
 
     def means(self) -> dict:
         """Over the steps since the last line. Raises FloatingPointError at NaN or Inf."""
@@ -690,8 +688,10 @@ def prepare(words=None) -> tuple[argparse.Namespace, Config, dict | None]:
     arguments = parser.parse_args(words, argparse.Namespace(**values))
     config = Config(**{name: getattr(arguments, name) for name in PRESETS["paper"]})
     check_config(config)
-    require(not content or content["step"] < config.steps,
-            f"{arguments.resume} is done: raise --steps")
+    if content:
+        require(content["step"] < config.steps, f"{arguments.resume} is done: raise --steps")
+        require(arguments.val_faces == content["run"]["val_faces"],
+                "--resume keeps --val-faces: realism depends on their number, and best.pt on it")
     arguments.device = find_device(arguments.device)
     return arguments, config, content
 
