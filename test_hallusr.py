@@ -27,7 +27,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as fn
-from PIL import Image
+from PIL import Image, ImageCms
 from torchvision.utils import save_image
 
 import hallusr
@@ -360,12 +360,6 @@ def test_an_exported_discriminator_takes_any_batch():
     torch.testing.assert_close(exported(*inputs[1]), D(*inputs[1]))
 
 
-def test_z_changes_every_pixel_block_of_the_image():
-    G, lr, z = Generator(**G4), levels(1, 3, 4, 4), torch.randn(2, 1, 5, 4, 4)
-    first, second = (G(lr, latent)["image"][-1] for latent in z)
-    assert (hallusr.downscale((first - second).abs(), 4) > 0).all()
-
-
 def test_z_of_one_pixel_changes_the_image_around_it():
     G, lr, z = Generator(**G4), levels(1, 3, 12, 12), torch.randn(1, 5, 12, 12)
     other = z.clone()
@@ -437,15 +431,6 @@ def test_discriminator_against_plain_convolutions_F_enters_the_last_block(channe
     expected = plain(D, "to_logits", residual("last_block", torch.cat([h, F], 1)))
     torch.testing.assert_close(D([coarse, fine], F if channels else None), expected,
                                rtol=1e-4, atol=1e-5)
-
-
-def test_every_parameter_takes_part():
-    G, D = Generator(**G4), Discriminator(3, 4, 2, 3)
-    made = G(levels(2, 3, 4, 4), torch.randn(2, 5, 4, 4))
-    logits = D(made["image"], torch.rand(2, 3, 4, 4))
-    (logits.square().sum() + sum(g.square().sum() for g in made["gradient"])).backward()
-    for name, parameter in [*G.named_parameters(), *D.named_parameters()]:
-        assert parameter.grad.abs().sum() > 0, name
 
 
 # ---- Conditioning and losses ------------------------------------------------------------------
@@ -554,31 +539,24 @@ def test_objectives_weigh_their_terms():
     assert slope(lambda x: hallusr.hallucination_loss(0.0, 0.0, x, 2.0), l_z) == -2  # maximised
 
 
-@needs_vgg
-def test_perceptual_loss_against_plain_convolutions():
-    state = torch.load(VGG_FILE, map_location="cpu")
+def vgg_by_hand(features, x, blocks):
+    """relu1_2, relu2_2, relu3_3 of images, or the first of them, by torch's functions."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (x / 2 + 0.5 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    found = []
+    for block in ((0, 2), (5, 7), (10, 12, 14))[:blocks]:
+        x = fn.max_pool2d(x, 2) if found else x
+        for i in block:
+            x = plain(features, str(i), x).relu()
+        found.append(x)
+    return found
 
-    def relu2_2(x):
-        x = ((x + 1) / 2 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
-        x = x / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-        for i in (0, 2, 5, 7):
-            x = fn.max_pool2d(x, 2) if i == 5 else x
-            weight, bias = state[f"features.{i}.weight"], state[f"features.{i}.bias"]
-            x = fn.conv2d(x, weight, bias, padding=1).relu()
-        return x
 
+def test_perceptual_loss_against_plain_convolutions(random_weights):
     loss, sr, hr = PerceptualLoss("relu2_2"), images(2, 3, 16, 16), images(2, 3, 16, 16)
-    torch.testing.assert_close(loss(sr, hr), (relu2_2(sr) - relu2_2(hr)).abs().mean())
-    assert loss(hr, hr) == 0 and not any(p.requires_grad for p in loss.parameters())
-    step = sr - 1e-2 * slope(lambda x: loss(x, hr), sr).sign()
-    assert loss(step, hr) < loss(sr, hr)
-
-
-@pytest.mark.parametrize("network", [PerceptualLoss, LPIPS])
-def test_missing_weights_are_an_os_error_after_their_address(network, empty_cache, tmp_path, capfd):
-    with pytest.raises(OSError, match="no network"):
-        network()
-    assert f"to {tmp_path}/checkpoints/" in "".join(capfd.readouterr())  # stderr in older torch
+    phi_sr, phi_hr = (vgg_by_hand(loss.features, x, 2)[1] for x in (sr, hr))
+    torch.testing.assert_close(loss(sr, hr), (phi_sr - phi_hr).abs().mean())
+    assert not any(p.requires_grad for p in loss.parameters())
 
 
 # ---- Metrics ----------------------------------------------------------------------------------
@@ -624,22 +602,49 @@ def test_ssim_against_loops():
     torch.testing.assert_close(hallusr.ssim(a, a), torch.ones(2))
 
 
-@pytest.mark.parametrize("score", [
-    hallusr.to_levels,
-    lambda x: hallusr.psnr(x, images(2, 3, 16, 16)),
-    lambda x: hallusr.ssim(x, images(2, 3, 16, 16)),
-    lambda x: hallusr.lr_psnr(x, levels(2, 3, 4, 4)),
-    lambda x: hallusr.std_map(torch.stack([x, -x])),
-    lambda x: hallusr.spread_and_error(torch.stack([x, -x]), images(2, 3, 16, 16))[0],
-    lambda x: hallusr.spread_and_error(torch.stack([x, -x]), images(2, 3, 16, 16))[1],
-    lambda x: hallusr.rank_histogram(torch.stack([x, -x]), images(2, 3, 16, 16)),
-    lambda x: hallusr.two_sample_auc(x.flatten(1), torch.randn(5, 768)),
-    pytest.param(lambda x: hallusr.Realism(images(9, 3, 16, 16))(x), marks=needs_vgg),
-    pytest.param(lambda x: hallusr.TwoSampleAUC(images(9, 3, 16, 16))(x), marks=needs_vgg)])
+SCORES = [  # of images (N, 3, 32, 32) and as many others: eight that are bounded, one that rounds
+    hallusr.psnr, hallusr.ssim,
+    lambda a, b: hallusr.lr_psnr(a, b[:, :, ::4, ::4]),
+    lambda a, b: hallusr.std_map(torch.stack([a, b])),
+    lambda a, b: torch.stack(hallusr.spread_and_error(torch.stack([a, -a]), b)),
+    lambda a, b: hallusr.rank_histogram(torch.stack([a, -a]), b),
+    pytest.param(lambda a, b: hallusr.Realism(b)(a), marks=needs_vgg),
+    pytest.param(lambda a, b: hallusr.TwoSampleAUC(b)(a), marks=needs_vgg),
+    lambda a, b: hallusr.two_sample_auc(a.flatten(1), b.flatten(1)),
+    pytest.param(lambda a, b: LPIPS()(a, b), marks=needs_lpips),
+    pytest.param(lambda a, b: PerceptualLoss()(a, b), marks=needs_vgg)]
+
+
+@pytest.mark.parametrize("score", [hallusr.to_levels, *SCORES[:9]])
 def test_a_score_that_rounds_is_no_loss_and_says_so(score):
-    image = images(2, 3, 16, 16).requires_grad_()
+    image = images(2, 3, 32, 32).requires_grad_()
+    others = () if score is hallusr.to_levels else (images(2, 3, 32, 32),)
     with pytest.raises(RuntimeError, match="does not require grad"):
-        score(image).sum().backward()
+        score(image, *others).sum().backward()
+
+
+@pytest.mark.parametrize("score", SCORES[:8])
+def test_floats_of_another_range_are_refused_and_an_overshoot_is_not(score):
+    score(*[1.9 * images(2, 3, 32, 32)] * 2)
+    for factor in (3, 255):
+        with pytest.raises(ValueError, match="floats in.*got (3|255): from_levels makes"):
+            score(*[factor * torch.ones(2, 3, 32, 32)] * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("score", SCORES)
+def test_half_precision_is_scored_as_its_float32_values(score, dtype):
+    a, b = images(2, 9, 3, 32, 32).to(dtype)
+    torch.testing.assert_close(score(a, b), score(a.float(), b.float()))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_programs_default_dtype_changes_no_score(larger_program, score):
+    a, b = images(2, 9, 3, 32, 32)
+    expected = score(a, b)
+    larger_program()
+    found = score(a, b)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("layer", hallusr.VGG_LAYERS)
@@ -653,61 +658,22 @@ def test_a_vgg_layer_is_what_its_name_says(layer):
     assert kinds[(pools or [-1])[-1] + 1:] == ["Conv2d", "ReLU"] * number
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("metric, shapes", [
-    (hallusr.psnr, [(2, 3, 16, 16), (2, 3, 16, 16)]),
-    (hallusr.ssim, [(2, 3, 16, 16), (2, 3, 16, 16)]),
-    (hallusr.lr_psnr, [(2, 3, 16, 16), (2, 3, 4, 4)]),
-    (hallusr.std_map, [(4, 2, 3, 8, 8)]),
-    (hallusr.spread_and_error, [(4, 2, 3, 8, 8), (2, 3, 8, 8)]),
-    (hallusr.rank_histogram, [(4, 2, 3, 8, 8), (2, 3, 8, 8)]),
-    pytest.param(lambda a, b: LPIPS()(a, b), [(2, 3, 32, 32), (2, 3, 32, 32)],
-                 marks=needs_lpips),
-    (hallusr.two_sample_auc, [(9, 5), (8, 5)]),
-    pytest.param(lambda a, b: hallusr.TwoSampleAUC(a)(b), [(9, 3, 32, 32), (9, 3, 32, 32)],
-                 marks=needs_vgg),
-    pytest.param(lambda a, b: hallusr.Realism(a)(b), [(9, 3, 32, 32), (9, 3, 32, 32)],
-                 marks=needs_vgg)])
-def test_half_precision_is_scored_as_its_float32_values(metric, shapes, dtype):
-    inputs = [images(*shape).to(dtype) for shape in shapes]
-    torch.testing.assert_close(metric(*inputs), metric(*[x.float() for x in inputs]))
-
-
 def test_pixel_std_by_hand():
     samples = torch.tensor([10.0, 14.0, 18.0, 22.0]).view(4, 1, 1, 1, 1) / 127.5 - 1
     found = hallusr.std_map(samples.expand(4, 2, 3, 2, 2)).mean((1, 2, 3))
     torch.testing.assert_close(found, torch.full((2,), math.sqrt(20.0)))
 
 
-def gaussian_levels(*shape, std=25.0):
-    """Grey levels around 128, as images."""
-    return hallusr.from_levels(128 + std * torch.randn(*shape))
-
-
 @pytest.mark.parametrize("K", [2, 4, 10])
 def test_spread_equals_error_where_truth_and_samples_are_of_one_distribution(K):
-    samples, truth = gaussian_levels(K, 6, 3, 64, 64), gaussian_levels(6, 3, 64, 64)
+    made = hallusr.from_levels(128 + 25 * torch.randn(K + 1, 6, 3, 64, 64))
+    samples, truth = made[1:], made[0]
     variance, error = hallusr.spread_and_error(samples, truth)
     assert variance.shape == error.shape == (6,)
     assert (variance.mean() / error.mean()).sqrt().item() == pytest.approx(1, abs=0.02)
     ranks = hallusr.rank_histogram(samples, truth)
     torch.testing.assert_close(ranks.mean(0), torch.full((K + 1,), 1 / (K + 1)), atol=0.01, rtol=0)
     torch.testing.assert_close(ranks.sum(1), torch.ones(6))
-
-
-def test_samples_half_as_wide_as_the_truth_have_half_its_spread():
-    mean = 40 * torch.randn(6, 3, 64, 64)  # what an LR decides: the rest is as hard to guess
-    truth = hallusr.from_levels((128 + mean + 20 * torch.randn(6, 3, 64, 64)).clamp(0, 255))
-    samples = hallusr.from_levels((128 + mean + 10 * torch.randn(200, 6, 3, 64, 64)).clamp(0, 255))
-    variance, error = hallusr.spread_and_error(samples, truth)
-    assert (variance.mean() / error.mean()).sqrt().item() == pytest.approx(0.5, abs=0.02)
-    ends = hallusr.rank_histogram(samples[:10], truth)[:, [0, -1]].sum(1).mean()
-    # Of ten draws of half the width all lie on one side of the truth: an integral over it.
-    t = torch.linspace(-8, 8, 4001)
-    below = torch.special.ndtr(2 * t)
-    density = torch.exp(-t.square() / 2) / math.sqrt(2 * math.pi)
-    expected = ((below ** 10 + (1 - below) ** 10) * density).sum() * 16 / 4000
-    assert ends.item() == pytest.approx(expected.item(), abs=0.02)
 
 
 def test_ranks_and_errors_by_hand():
@@ -722,12 +688,13 @@ def test_ranks_and_errors_by_hand():
 
 
 def test_spread_scores_are_summed_up_over_faces():
-    rows = {"hallucination": {"psnr": torch.ones(2), "lr_psnr": torch.ones(2),
+    exact = torch.tensor([20.0, math.inf])  # 100 dB in PSNR, in LR-PSNR an error of 0
+    rows = {"hallucination": {"psnr": exact, "lr_psnr": exact,
                               "variance": torch.tensor([1.0, 3.0]),
                               "error": torch.tensor([6.0, 10.0]), "ranks": torch.ones(2, 4) / 4,
                               "outside": torch.tensor([50.0, 40.0])}}
     found = sample.summarize(rows)["hallucination"]
-    assert found == pytest.approx({"psnr": 1.0, "lr_psnr": 1.0, "outside": 45.0, "spread": 0.5})
+    assert found == pytest.approx({"psnr": 60, "lr_psnr": 23.0103, "outside": 45.0, "spread": 0.5})
     rows["hallucination"]["error"] = torch.zeros(2)  # a model that knows everything
     assert sample.summarize(rows)["hallucination"]["spread"] == math.inf
 
@@ -765,9 +732,10 @@ class PooledColours(PerceptualLoss):
 
     def __init__(self, layer):
         torch.nn.Module.__init__(self)
+        assert layer == "relu3_3"
 
     def embed(self, x):
-        return [fn.avg_pool2d(x, 4)]
+        return [x, fn.avg_pool2d(x, 4)]
 
 
 def test_realism_is_the_mean_over_regions(monkeypatch):
@@ -791,25 +759,12 @@ def test_realism_is_the_mean_over_regions(monkeypatch):
     realism = hallusr.Realism(photographs)
     torch.testing.assert_close(realism(made), sum(distances) / 16)
     assert realism(photographs.flip(0)).abs() < 1e-6
-    torn = photographs.clone()
-    torn[::2, :, :8, :12] = torn[1::2, :, :8, :12]  # one region of half of the faces
-    assert 0 < realism(torn) < realism(made)
     with pytest.raises(ValueError, match=r"2 images or more.*got \(1, 3"):
         realism(made[:1])
     for spoiled in (math.nan, math.inf):  # the library for eigenvalues would end the process
-        torn[0, 0, 0, 0] = spoiled
+        made[0, 0, 0, 0] = spoiled
         with pytest.raises(ValueError, match="hold NaN or infinity"):
-            realism(torn)
-
-
-@needs_vgg
-def test_realism_tells_drawings_from_their_blur_and_their_noise():
-    faces = train.draw_faces(torch.rand(40, 7), 32)
-    realism = hallusr.Realism(train.draw_faces(torch.rand(40, 7), 32))
-    same = realism(faces)
-    blurred = realism(sample.upscale_bicubic(hallusr.downscale(faces, 4), 4))
-    noisy = realism((faces + 0.1 * torch.randn_like(faces)).clamp(-1, 1))
-    assert 2 * same < noisy and 2 * same < blurred
+            realism(made)
 
 
 @pytest.mark.parametrize("distance", [0.0, 1.0, 2.0])
@@ -823,15 +778,11 @@ def test_auc_of_two_gaussians_is_the_closed_form(distance, N, M):
     assert found.item() == pytest.approx(expected, abs=0.03)  # chance's deviation is below 0.01
 
 
-def test_auc_of_one_distribution_is_a_half_with_more_features_than_rows():
-    aucs = [hallusr.two_sample_auc(torch.randn(80, 1000), torch.randn(80, 1000)) for _ in range(20)]
-    assert sum(aucs).item() / 20 == pytest.approx(0.5, abs=0.04)  # of one: 0.05, of 20: 0.01
-
-
 def test_auc_against_a_ridge_in_its_primal_form_and_a_loop_over_pairs():
     a, b = torch.randn(11, 4).double() + 0.7, torch.randn(9, 4).double()
     a[:, 3] = b[:, 3] = 0.1  # tells nothing
     b[:4] = a[:4]            # ties
+    a[:, 0], b[:, 0] = a[:, 0] / 1e5, b[:, 0] / 1e5
     found = []
     for half in (0, 1):
         known = torch.cat([a[half::2], b[half::2]])
@@ -862,12 +813,8 @@ def test_auc_describes_an_image_by_regions_of_three_layers(random_weights):
     rng = torch.Generator().manual_seed(0)
     noise = torch.cat([torch.randn(n, 3, 16, 32, generator=rng) for n in (50, 3)])
     x = hallusr.quantize(made) + 4 * 2 / 255 * noise
-    x = ((x + 1) / 2 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
-    x = x / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     expected = []
-    for block in ((0, 2), (5, 7), (10, 12, 14)):
-        for i in block:
-            x = plain(auc.phi.features, str(i), x).relu()
+    for x in vgg_by_hand(auc.phi.features, x, 3):
         height, width = x.shape[2] // 4, x.shape[3] // 4
         means, deviations = torch.empty(2, *x.shape[:2], 4, 4)
         for i in range(4):
@@ -876,7 +823,6 @@ def test_auc_describes_an_image_by_regions_of_three_layers(random_weights):
                 means[:, :, i, j] = region.mean((2, 3))
                 deviations[:, :, i, j] = region.std((2, 3), correction=0)
         expected += [means.flatten(1), deviations.flatten(1)]
-        x = fn.max_pool2d(x, 2)
     found = auc.describe(made)
     assert found.shape == (53, 2 * 16 * (64 + 128 + 256))
     torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-4, atol=3e-3)
@@ -885,14 +831,6 @@ def test_auc_describes_an_image_by_regions_of_three_layers(random_weights):
                          (math.nan * made, "hold NaN"), (made[:1], "2 rows of each, got 1 and 6")):
         with pytest.raises(ValueError, match=words):
             auc(wrong)
-
-
-@needs_vgg
-def test_auc_tells_drawings_from_their_blur_but_not_from_others():
-    faces = train.draw_faces(torch.rand(60, 7), 32)
-    auc = hallusr.TwoSampleAUC(train.draw_faces(torch.rand(60, 7), 32))
-    assert 0.3 < auc(faces) < 0.7  # chance's deviation is 0.05
-    assert auc(sample.upscale_bicubic(hallusr.downscale(faces, 2), 2)) > 0.9
 
 
 @needs_lpips
@@ -950,8 +888,6 @@ def test_evaluate_scores_what_the_generator_makes():
                                hallusr.ssim(sample.upscale_bicubic(lr, 4), hr))
     assert (rows["hallucination"]["psnr"] < rows["SR"]["psnr"]).all()
     assert (rows["hallucination"]["pixel_std"] > 1).all()
-    again = sample.evaluate(Bicubic(), hr, samples=3)
-    assert torch.equal(rows["hallucination"]["psnr"], again["hallucination"]["psnr"])
     still = sample.evaluate(Bicubic(), hr, samples=3, temperature=0.0)
     assert torch.equal(still["hallucination"]["pixel_std"], torch.zeros(60))
 
@@ -970,17 +906,9 @@ def test_judges_see_all_images_of_a_row_at_once_and_of_hallucinations_the_first(
 
 
 def test_upscale_bicubic_against_its_kernel():
-    def weight(t):  # Keys' kernel with a = -0.75, as torch documents
-        t = abs(t)
-        return (1.25 * t ** 3 - 2.25 * t ** 2 + 1 if t <= 1 else
-                -0.75 * (t ** 3 - 5 * t ** 2 + 8 * t - 4) if t < 2 else 0.0)
-    row = torch.tensor([0.1, 0.5, -0.2, 0.3])
-    expected = []
-    for i in range(8):
-        centre = (i + 0.5) / 2 - 0.5
-        expected.append(sum(weight(centre - j) * row[min(max(j, 0), 3)] for j in range(-2, 6)))
-    found = sample.upscale_bicubic(row.expand(1, 1, 4, 4), 2)[0, 0, 3]
-    torch.testing.assert_close(found, torch.tensor(expected))
+    dot = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0]).expand(1, 1, 5, 5)
+    expected = [-0.03515625, -0.10546875, 0.26171875, 0.87890625]  # Keys', a = -0.75, at 1.75 ...
+    assert sample.upscale_bicubic(dot, 2)[0, 0, 4, 1:5].tolist() == pytest.approx(expected)
     assert sample.upscale_bicubic(torch.ones(1, 1, 2, 2) * 3, 2).max() == 1
 
 
@@ -1011,14 +939,11 @@ def test_contact_sheet_shows_every_column_in_order():
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: train.check_config(tiny(scale=6)), "power of two.*6"),
     (lambda: train.check_config(tiny(width=0)), "width must be 1 or more, got 0"),
     (lambda: train.check_config(tiny(size=62)), "multiple of scale 4, got 62"),
-    (lambda: train.check_config(tiny(energy=-1.0)), r"energy must be in \[0, inf\], got -1"),
     (lambda: Discriminator(3, 32, 1, 3, True), "too few layers for scale 32"),
     (lambda: train.check_config(tiny(learning_rate_g=math.nan)),
      r"learning_rate_g must be in \[0, inf\], got nan"),
-    (lambda: train.check_config(tiny(decay=-0.5)), r"decay must be in \[0, 1\], got -0.5"),
     (lambda: train.check_config(tiny(batch=0)), r"batch must be in \[1, inf\], got 0"),
     (lambda: train.check_config(tiny(d_blocks=0)), "blocks must be 1 or more, got 0"),
     (lambda: Generator(scale=12), "power of two.*12"),
@@ -1027,36 +952,31 @@ def test_contact_sheet_shows_every_column_in_order():
      r"\(N, 3, H, W\).*2, 1, 4, 4"),
     (lambda: Generator(**G4)(images(2, 3, 4, 4), torch.randn(2, 6, 4, 4)),
      r"\(2, 5, 4, 4\), got \(2, 6, 4, 4\)"),
-    (lambda: Generator(**G4)(images(2, 3, 4, 4), torch.randn(2, 5)), r"got \(2, 5\)"),
     (lambda: Discriminator(3, 4, 1)([images(2, 3, 16, 16)]), "shorter"),
-    (lambda: Discriminator(3, 4, 1)(hallusr.pyramid(images(2, 3, 16, 16), 3)), "longer"),
     (lambda: Discriminator(3, 4, 1)([images(1, 3, 8, 8), images(2, 3, 16, 16)]),
      "one shape.*1, 6, 8, 8.*2, 6, 8, 8"),
     (lambda: hallusr.diversity_loss(*images(2, 2, 3, 4, 4), *torch.randn(2, 1, 5)), "a z for"),
     (lambda: hallusr.diversity_loss(*images(2, 2, 3, 4, 4), torch.randn(1, 5), torch.randn(2, 5)),
      "z1 and z2 must have one shape"),
     (lambda: hallusr.draw_z((1, 5, 4, 4), 1.1, None), r"z_shared must be in \[0, 1\], got 1.1"),
-    (lambda: hallusr.draw_z((1, 5, 4, 4), -0.1, None), r"z_shared must be in \[0, 1\], got -0.1"),
     (lambda: hallusr.draw_z((4, 5), 1.0, None), r"\(..., z_dim, h, w\), got \(4, 5\)"),
-    (lambda: train.check_config(tiny(z_shared=-0.5)), r"z_shared must be in \[0, 1\], got -0.5"),
     (lambda: train.check_config(tiny(decay=3.0)), r"decay must be in \[0, 1\], got 3"),
-    (lambda: train.check_config(tiny(seed=-1)), r"seed must be in \[0, inf\], got -1"),
     (lambda: sample.parse_arguments(["--temperature", "inf"]), "--temperature inf is no scale"),
     (lambda: sample.parse_arguments(["--seed", "20000000000000"]), "seed must be in"),
     (lambda: sample.parse_arguments(["--slice", "1:2"]), "--slice and --others go with"),
     (lambda: sample.parse_arguments(["--lr", "--evaluate", "x"]), "--evaluate makes LR itself"),
     (lambda: train.main(["--val", "x", "--device", "cpu"]), "--val goes with a folder of photos"),
     (lambda: train.main(["--size", "64", "--device", "cpu"]), "LR of drawn faces must be 4x4 or"),
-    (lambda: train.main(["--size", "24", "--device", "cpu"]), "LR of drawn faces must be 4x4 or"),
+    *[(lambda flag=flag: train.prepare(["--resume", "a/last.pt", flag, "paper"]),
+       "no --preset, --init or --out") for flag in ("--preset", "--init", "--out")],
+    (lambda: train.prepare(["--resume", "best.pt"]), "takes a run's last.pt, got .*best.pt"),
+    (lambda: hallusr.save_checkpoint("a.pt", torch.nn.ReLU()), "expected a Generator, got a ReLU"),
     (lambda: PerceptualLoss("relu9_9"), "relu2_2.*got 'relu9_9'"),
     (lambda: hallusr.rank_histogram(math.nan * images(2, 1, 3, 4, 4), images(1, 3, 4, 4)),
      "samples hold NaN"),
-    (lambda: hallusr.spread_and_error(images(2, 1, 3, 4, 4), math.nan * images(1, 3, 4, 4)),
-     "truth must be floats.*got nan"),
     (lambda: hallusr.psnr(images(1, 3, 4, 4), math.nan * images(1, 3, 4, 4)), "got nan"),
     (lambda: hallusr.downscale(images(1, 3, 12, 12), 8), "multiples of 8, got 12 x 12"),
     (lambda: hallusr.image_gradient(images(3, 4, 4)), r"\(N, C, H, W\), got \(3, 4, 4\)"),
-    (lambda: hallusr.project_onto_lr(images(1, 3, 8, 8), images(1, 3, 4, 2)), "one multiple"),
     (lambda: hallusr.project_onto_lr(images(2, 3, 8, 8), images(1, 3, 4, 4)), "one image for each"),
     (lambda: hallusr.excess(images(1, 3, 8, 8), images(1, 3, 2, 4)), "one multiple of lr's"),
     (lambda: hallusr.excess(images(1, 3, 8, 8), images(1, 3, 1, 1), -1), "eps must be"),
@@ -1066,20 +986,15 @@ def test_contact_sheet_shows_every_column_in_order():
     (lambda: hallusr.psnr(images(2, 3, 4, 4), images(1, 3, 4, 4)), "one shape"),
     (lambda: hallusr.psnr(*images(2, 5, 2, 3, 4, 4)), r"\(N, C, H, W\), got \(5, 2, 3, 4, 4\)"),
     (lambda: hallusr.ssim(*images(2, 5, 2, 3, 16, 16)), r"\(N, C, H, W\), got \(5, 2, 3, 16, 16\)"),
-    (lambda: hallusr.psnr(*images(2, 3, 4, 4)), r"\(N, C, H, W\), got \(3, 4, 4\)"),
-    (lambda: hallusr.ssim(*images(2, 3, 16, 16)), r"\(N, C, H, W\), got \(3, 16, 16\)"),
     (lambda: hallusr.lr_psnr(images(5, 2, 3, 8, 8), images(5, 2, 3, 4, 4)), r"\(N, 3, H, W\), got"),
-    (lambda: hallusr.lr_psnr(images(2, 3, 8, 8), images(5, 2, 3, 4, 4)), r"\(N, 3, H, W\), got"),
     (lambda: hallusr.std_map(images(5, 4, 2, 3, 4, 4)), r"\(K, N, 3, H, W\), got"),
     (lambda: hallusr.spread_and_error(images(5, 4, 2, 3, 4, 4), images(4, 2, 3, 4, 4)), "truth .N"),
-    (lambda: hallusr.rank_histogram(images(5, 4, 2, 3, 4, 4), images(4, 2, 3, 4, 4)), "truth .N"),
     pytest.param(lambda: LPIPS()(*images(2, 5, 2, 3, 32, 32)), r"\(N, 3, H, W\), got",
                  marks=needs_lpips),
     pytest.param(lambda: hallusr.Realism(images(5, 2, 3, 32, 32)), r"\(N, 3, H, W\), got",
                  marks=needs_vgg),
     pytest.param(lambda: LPIPS()(images(2, 3, 16, 16), images(2, 3, 16, 16)), "sides of 31",
                  marks=needs_lpips),
-    (lambda: hallusr.std_map(images(2, 3, 4, 4)), r"\(K, N, 3, H, W\)"),
     (lambda: hallusr.spread_and_error(images(1, 2, 3, 4, 4), images(2, 3, 4, 4)), "K of 2 or more"),
     (lambda: hallusr.rank_histogram(images(4, 2, 3, 4, 4), images(1, 3, 4, 4)), "K of 2 or more"),
 ])
@@ -1105,22 +1020,6 @@ def test_bytes_are_no_images(reads):
         read(images(2, 3, 32, 32))
         with pytest.raises(ValueError, match="floats in.*uint8: from_levels makes"):
             read(torch.full((2, 3, 32, 32), 255).to(torch.uint8))
-
-
-@pytest.mark.parametrize("score", [
-    lambda x: hallusr.psnr(x, x),
-    lambda x: hallusr.ssim(x, x),
-    lambda x: hallusr.lr_psnr(x, x[:, :, ::4, ::4]),
-    lambda x: hallusr.std_map(x[None]),
-    lambda x: hallusr.spread_and_error(torch.stack([x, x]), x),
-    lambda x: hallusr.rank_histogram(torch.stack([x, x]), x),
-    pytest.param(hallusr.Realism, marks=needs_vgg),
-    pytest.param(hallusr.TwoSampleAUC, marks=needs_vgg)])
-def test_floats_of_another_range_are_refused_and_an_overshoot_is_not(score):
-    score(1.9 * images(2, 3, 32, 32))
-    for factor in (3, 255):
-        with pytest.raises(ValueError, match="floats in.*got (3|255): from_levels makes"):
-            score(factor * torch.ones(2, 3, 32, 32))
 
 
 # ---- Checkpoints ------------------------------------------------------------------------------
@@ -1158,34 +1057,6 @@ def test_a_programs_default_dtype_is_not_the_generators(larger_program, tmp_path
     same_z = hallusr.draw_z((1, 5, 4, 4), 0.5, torch.Generator().manual_seed(1))
     assert same_z.dtype == torch.float32 and torch.equal(same_z, z)
     assert torch.equal(hallusr.sample(loaded, lr, same_z), hallusr.sample(G, lr, z))
-
-
-@pytest.mark.parametrize("make_score", [
-    lambda: hallusr.psnr,
-    lambda: hallusr.ssim,
-    lambda: lambda a, b: hallusr.lr_psnr(a, b[:, :, ::4, ::4]),
-    lambda: lambda a, b: hallusr.std_map(torch.stack([a, b])),
-    lambda: lambda a, b: hallusr.spread_and_error(torch.stack([a, -a]), b)[1],
-    lambda: lambda a, b: hallusr.rank_histogram(torch.stack([a, -a]), b),
-    pytest.param(lambda: LPIPS(), marks=needs_lpips),
-    pytest.param(lambda: PerceptualLoss(), marks=needs_vgg),
-    lambda: lambda a, b: hallusr.two_sample_auc(a.flatten(1), b.flatten(1)),
-    pytest.param(lambda: lambda a, b: hallusr.TwoSampleAUC(a).describe(b), marks=needs_vgg),
-    pytest.param(lambda: lambda a, b: hallusr.Realism(a)(b), marks=needs_vgg)])
-def test_a_programs_default_dtype_changes_no_score(larger_program, make_score):
-    a, b = images(2, 9, 3, 32, 32)
-    expected = make_score()(a, b)
-    larger_program()
-    found = make_score()(a, b)
-    assert found.dtype == expected.dtype and torch.equal(found, expected)
-
-
-def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / "last.pt"
-    hallusr.save_checkpoint(path, Generator(**G4), step=1)
-    with pytest.raises(Exception, match="pickle"):
-        hallusr.save_checkpoint(path, Generator(**G4), step=lambda: 2)
-    assert torch.load(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
 
 
 def save_text(path, text, error=None):
@@ -1240,30 +1111,11 @@ def test_a_link_to_other_storage_stays_one(old, points_to, tmp_path):
     assert len(list(near.iterdir())) == 2
 
 
-def test_a_checkpoint_below_a_link_to_a_folder_goes_there(tmp_path):
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "run").symlink_to("disk")
-    hallusr.save_checkpoint(tmp_path / "run" / "last.pt", Generator(**G4))
-    assert (tmp_path / "run").is_symlink() and (tmp_path / "disk" / "last.pt").is_file()
-
-
-def test_truncated_and_missing_checkpoints_are_named(tmp_path):
-    path = tmp_path / "cut.pt"
-    hallusr.save_checkpoint(path, Generator(**G4))
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="cut.pt is damaged"):
-        hallusr.load_generator(path)
-    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
-        hallusr.load_generator("nowhere.pt")
-
-
 @pytest.mark.parametrize("spoil, words", [
     (lambda _: b"not a checkpoint", "is damaged or no checkpoint"),
-    (lambda _: {"weights": 1}, "no checkpoint of this version"),
+    (lambda _: b"PK\x03\x04 cut short", "is damaged or no checkpoint"),
     (lambda good: good | {"hallusr": 3}, "no checkpoint of this version"),
     (lambda good: good["settings"].update(width=4), "holds another architecture:"),
-    (lambda good: good["generator"]["first_conv.bias"][3].fill_(math.nan),
-     "spoiled: first_conv.bias holds"),
     (lambda good: good["generator"]["trunk.0.conv2.weight"][0, 0, 1, 1].fill_(math.inf),
      "is spoiled: trunk.0.conv2.weight holds NaN or infinity")])
 def test_wrong_checkpoints_are_named(spoil, words, tmp_path):
@@ -1300,65 +1152,25 @@ def table(path):
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda run: None, lambda run: [path.unlink() for path in run.glob("*.jsonl")],
-    lambda run: [path.write_text('{"step": 1, "SR_psnr": Infin') for path in run.glob("*.jsonl")]])
+    None, lambda path: path.unlink(), lambda path: path.write_text('{"step": 1, "SR_psnr": Infin')])
 def test_resumed_training_is_equal_bit_by_bit_whatever_became_of_its_tables(spoil, tmp_path):
-    flags = ["--r1-every", "2", "--val-every", "3"]
+    flags = ["--r1-every", "2", "--val-every", "3", "--warmup", "1"]
     whole = run_training(tmp_path / "whole", "--steps", "6", *flags)
     run_training(tmp_path / "part", "--steps", "3", *flags)
-    spoil(tmp_path / "part")
+    for path in (tmp_path / "part").glob("*.jsonl") if spoil else ():
+        spoil(path)
     train.main(["--resume", str(tmp_path / "part/last.pt"), "--steps", "6", "--device", "cpu"])
     resumed = torch.load(tmp_path / "part/last.pt")
     assert whole["step"] == resumed["step"] == 6
     for name in ("generator", "G", "D_I", "D_g"):
         for key, value in whole[name].items():
             assert torch.equal(value, resumed[name][key]), key
-
-
-def test_a_resumed_run_goes_on_with_its_tables(tmp_path):
-    flags = ["--r1-every", "2", "--val-every", "3"]
-    run_training(tmp_path / "whole", "--steps", "6", *flags)
-    run_training(tmp_path / "part", "--steps", "3", *flags)
-    train.main(["--resume", str(tmp_path / "part/last.pt"), "--steps", "6", "--device", "cpu"])
-    for name, steps in (("log.jsonl", [1, 2, 3, 4, 5, 6]), ("valid.jsonl", [3, 6])):
-        rows, again = (table(tmp_path / run / name) for run in ("whole", "part"))
-        assert rows == again and [row["step"] for row in rows] == steps
-    log = table(tmp_path / "whole/log.jsonl")
-    assert ["R1" in row for row in log] == [True, False] * 3  # where it was taken
-
-
-def test_a_table_takes_a_row_whatever_its_columns(tmp_path):
-    run = SimpleNamespace(out=tmp_path)
-    rows = [{"step": 1, "a": 0.1}, {"step": 2, "b": math.inf}, {"step": 3}]
-    for row in rows:
-        train.Report.append(run, "log.jsonl", row)
-    lines = (tmp_path / "log.jsonl").read_text().split("\n")
-    assert [json.loads(line) for line in lines[:3]] == rows and lines[3:] == [""]
-
-
-@pytest.mark.parametrize("frozen, moving", [("g", ["D_I", "D_g"]), ("d", ["G"])])
-def test_each_step_moves_its_own_player(tmp_path, frozen, moving):
-    content = run_training(tmp_path, f"--learning-rate-{frozen}", "1e-30")
-    fresh = train.Networks(tiny(hard_consistency=True), "cpu")
-    for name in ("G", "D_I", "D_g"):
-        before, after = getattr(fresh, name).state_dict(), content[name]
-        same = [torch.allclose(before[key], after[key], rtol=0, atol=1e-20) for key in before]
-        assert not any(same) if name in moving else all(same), name
-
-
-def test_the_first_steps_teach_reconstruction_alone(tmp_path):
-    content = run_training(tmp_path / "alone", "--steps", "3", "--warmup", "3")
-    start = train.Networks(tiny(hard_consistency=True), "cpu")
-    for name in ("D_I", "D_g"):
-        for key, weight in getattr(start, name).state_dict().items():
-            assert torch.equal(weight, content[name][key])
-    before, after = start.G.first_conv.weight, content["G"]["first_conv.weight"]
-    assert torch.equal(before[:, 3:], after[:, 3:])  # what z passes through
-    assert not torch.equal(before[:, :3], after[:, :3])
-    run_training(tmp_path / "then", "--steps", "3", "--warmup", "2")
-    rows = table(tmp_path / "then/log.jsonl")
-    assert ["D_image_real" in row for row in rows] == [False, False, True]
-    assert all(row["L_percp"] > 0 for row in rows)
+    log, valid = (table(tmp_path / "whole" / name) for name in ("log.jsonl", "valid.jsonl"))
+    assert [row["step"] for row in log + valid] == [1, 2, 3, 4, 5, 6, 3, 6]
+    assert [("L_z" in row) + ("R1" in row) for row in log] == [0, 1, 2, 1, 2, 1]
+    if not spoil:
+        assert log == table(tmp_path / "part/log.jsonl")
+        assert valid == table(tmp_path / "part/valid.jsonl")
 
 
 def loss_of_d(D, real, fakes, F, r1_weight, beta, shown):
@@ -1379,16 +1191,6 @@ def loss_of_d(D, real, fakes, F, r1_weight, beta, shown):
             logits = D(seen, None if F is None else F[k][n:n + 1].detach())
             loss = loss - share[k] * (1 - torch.sigmoid(logits)).log().mean() / 2
     return loss
-
-
-def with_layers_of_vgg(vgg, pictures):
-    """Of the finest picture, relu2_2 beside the coarser one of two and relu1_2 beside itself."""
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    x = (pictures[1] / 2 + 0.5 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
-    first = plain(vgg, "2", plain(vgg, "0", x).relu()).relu()
-    second = plain(vgg, "5", fn.max_pool2d(first, 2)).relu()
-    second = plain(vgg, "7", second).relu()
-    return [torch.cat([pictures[0], second], 1), torch.cat([pictures[1], first], 1)]
 
 
 def bare_copies(nets):
@@ -1449,8 +1251,11 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
     real["gradient"] = [edges(picture) for picture in real["image"]]
     l_z = pairs_apart(h1, h2, z1, z2)
     config = replace(config, tau=l_z.mean().item())  # one of the two is cut
-    vgg = partial(with_layers_of_vgg, nets.phi.features) if features else list
-    shown = {"image": vgg, "gradient": list}
+
+    def vgg(pictures):
+        first, second = vgg_by_hand(nets.phi.features, pictures[1], 2)
+        return [torch.cat([pictures[0], second], 1), torch.cat([pictures[1], first], 1)]
+    shown = {"image": vgg if features else list, "gradient": list}
     Ds = {"image": nets.D_I, "gradient": nets.D_g}
     before, calls = bare_copies(nets), []
     hook = nets.D_I.register_forward_hook(lambda _, __, logits: calls.append(len(logits)))
@@ -1527,15 +1332,9 @@ def test_what_a_step_is_depends_on_its_number_alone():
 
 def test_auc_of_d_against_a_loop_over_pairs():
     real, fake = torch.randn(2, 5, 1, 4, 4)
-    real[0] = fake[1]
-
-    def auc(real, fake):
-        return train.terms_of_D({"image": real}, {"image": fake})["D_image_auc"].mean().item()
-    found = auc(real, fake)
+    real[0] = fake[1]  # a tie
+    found = train.terms_of_D({"image": real}, {"image": fake})["D_image_auc"].mean().item()
     assert found == pytest.approx(share_won(real, fake), abs=1e-6) and 0.1 < found < 0.9
-    assert auc(real + 9, fake) == 1 and auc(real - 9, fake) == 0
-    same = torch.zeros(5, 1, 4, 4)
-    assert auc(same, same) == 0.5  # a blind D
 
 
 def test_running_average_follows_and_forgets():
@@ -1552,31 +1351,17 @@ def test_running_average_follows_and_forgets():
         torch.testing.assert_close(average, old + 0.1 * 0.1 + 0.9)
 
 
-@pytest.mark.parametrize("marks, best", [
-    ([(2, 60.0), (4, 80.0), (6, 90.0)], [4]), ([(2, 60.0), (4, 90.0), (6, 80.0)], [4, 6]),
-    ([(2, 60.0)], []), ([(2, 80.0), (3, 60.0)], [])])
-def test_the_best_row_since_the_warm_up_is_kept(marks, best, tmp_path, photos, monkeypatch):
-    scored(monkeypatch, [(0.9, realism, 0.5) for _, realism in marks])
-    saved, save = [], train.save_checkpoint
-
-    def noted(place, generator, **training):
-        if place.name == "best.pt":
-            saved.append(training["step"])
-        save(place, generator, **training)
-    monkeypatch.setattr(train, "save_checkpoint", noted)
-    train_on(photos, tmp_path / "run", "--steps", str(marks[-1][0]), "--warmup", "3")
-    assert saved == best
-
-
-@pytest.mark.parametrize("scores, best", [                        # spread, realism, AUC
-    ([(0.90, 90.0, 0.8), (0.85, 70.0, 0.9), (0.8, 80.0, 0.85)], 4),  # 72, 63, 68
-    ([(0.90, 90.0, 0.8), (0.85, 80.0, 0.95), (0.9, 100.0, 0.7)], 6),  # 72, 76, 70
-    ([(0.80, 500.0, 1.0), (0.79, 1.0, 0.5), (0.1, 1.0, 0.5)], 2),  # all alike is no gain
-    ([(0.50, 1.0, 0.5), (1.50, 500.0, 1.0), (0.7, 1.0, 0.5)], 4),
-    ([(0.50, 10.0, 0.5), (0.40, 9.0, 0.5), (0.7, 9.5, 0.5)], 4)])  # the least where none is wide
-def test_spread_realism_and_auc_decide_what_is_best(scores, best, tmp_path, photos, monkeypatch):
+@pytest.mark.parametrize("warmup, scores, best", [                    # spread, realism, AUC
+    (0, [(0.90, 90.0, 0.8), (0.85, 70.0, 0.9), (0.8, 80.0, 0.85)], 4),  # 72, 63, 68
+    (0, [(0.90, 90.0, 0.8), (0.85, 80.0, 0.95), (0.9, 100.0, 0.7)], 6),  # 72, 76, 70
+    (0, [(0.80, 500.0, 1.0), (0.79, 1.0, 0.5), (0.1, 1.0, 0.5)], 2),  # all alike is no gain
+    (0, [(0.50, 1.0, 0.5), (1.50, 500.0, 1.0), (0.7, 1.0, 0.5)], 4),
+    (0, [(0.50, 10.0, 0.5), (0.40, 9.0, 0.5), (0.7, 9.5, 0.5)], 4),  # the least where none is wide
+    (4, [(0.90, 1.0, 0.5), (0.90, 1.0, 0.5), (0.9, 9.0, 0.5)], 6)])  # later than the warm-up
+def test_spread_realism_and_auc_decide_what_is_best(warmup, scores, best, tmp_path, photos,
+                                                    monkeypatch):
     scored(monkeypatch, scores)
-    train_on(photos, tmp_path / "run", "--steps", "6")
+    train_on(photos, tmp_path / "run", "--steps", "6", "--warmup", str(warmup))
     assert torch.load(tmp_path / "run/best.pt")["step"] == best
 
 
@@ -1618,19 +1403,6 @@ def test_opposite_gazes_are_equally_far_apart(size):
     assert ((apart - middle).abs() < 0.1 * middle).all() and middle > 0.05
 
 
-class FromTheTruth(torch.nn.Module):
-    """Knows what LR hides. choose(z (N, z_dim)) says which of the 16 to show of each face."""
-
-    scale, z_dim, settings = 8, 5, {"z_shared": 1.0}
-
-    def __init__(self, truth, choose):
-        super().__init__()
-        self.truth, self.choose = truth, choose
-
-    def forward(self, lr, z):
-        return {"image": [self.truth[self.choose(z[..., 0, 0]), torch.arange(len(lr))]]}
-
-
 def stand_in(make):
     """A generator of 8x whose image is make(lr, z)."""
     def generator(lr, z):
@@ -1643,7 +1415,8 @@ def stand_in(make):
 
 def test_the_count_at_the_end_of_a_run_shows_a_perfect_sampler_as_perfect():
     truth = possibilities(80, 32)
-    oracle = FromTheTruth(truth, lambda z: (16 * torch.special.ndtr(z[:, 0])).long().clamp(max=15))
+    oracle = stand_in(lambda lr, z: truth[
+        (16 * torch.special.ndtr(z[:, 0, 0, 0])).long().clamp(max=15), torch.arange(80)])
     found = sample.directions_found(oracle, truth)
     assert found == pytest.approx(4 * (1 - 0.75 ** 10), abs=0.15)  # 3.77
 
@@ -1653,9 +1426,9 @@ def test_nothing_simpler_finds_more_than_one_direction():
     noise = stand_in(lambda lr, z: truth.mean(0) + 0.1 * torch.randn(30, 3, 32, 32))
     bicubic = stand_in(lambda lr, z: sample.upscale_bicubic(lr, 8))
     mean = stand_in(lambda lr, z: truth.mean(0))
-    stand_ins = {"one answer": (FromTheTruth(truth, lambda z: torch.arange(len(z)) % 16), 1.0),
-                 "noise": (noise, 0.0), "bicubic": (bicubic, 0.0), "mean": (mean, 0.0),
-                 "untrained": (Generator(32, 8, 5, 1.0, 3, 1), 0.0)}
+    one = stand_in(lambda lr, z: truth[torch.arange(30) % 16, torch.arange(30)])
+    stand_ins = {"one answer": (one, 1.0), "noise": (noise, 0.0), "bicubic": (bicubic, 0.0),
+                 "mean": (mean, 0.0), "untrained": (Generator(32, 8, 5, 1.0, 3, 1), 0.0)}
     for name, (generator, expected) in stand_ins.items():
         found = sample.directions_found(generator, truth)
         assert found == pytest.approx(expected), name
@@ -1700,8 +1473,6 @@ def test_batches_are_a_function_of_seed_and_step():
     other = train.batch_at(faces, config, 4, "cpu")
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[1], other[1]) and not torch.equal(first[1], first[2])
-    known = torch.cat([faces, faces.flip(-1)])
-    assert all((hallusr.to_levels(face) == known).all((1, 2, 3)).any() for face in first[0])
 
 
 def test_batches_draw_every_face_and_its_mirror_and_differ_by_seed():
@@ -1747,9 +1518,6 @@ def test_a_run_is_never_overwritten(tmp_path, monkeypatch):
         (tmp_path / name[:4] / name).touch()
         with pytest.raises(ValueError, match="holds a run already"):
             run_training(tmp_path / name[:4])
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        run_training(tmp_path / "file")
 
 
 def test_init_starts_from_a_trained_generator(tmp_path):
@@ -1768,8 +1536,6 @@ def test_init_starts_from_a_trained_generator(tmp_path):
     assert train.prepare([*words, "--warmup", "7"])[1].warmup == 7
     with pytest.raises(ValueError, match="first/last.pt has the settings .*: 5.* this run .*: 6"):
         run_training(tmp_path / "third", "--init", str(first), "--z-dim", "6")
-    with pytest.raises(ValueError, match="no --preset, --init or --out$"):
-        train.prepare(["--resume", str(first), "--init", str(first)])
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -1821,54 +1587,25 @@ def test_a_clock_that_stands_still_is_no_error(tmp_path, monkeypatch):
                for line in (tmp_path / "log.jsonl").read_text().splitlines())
 
 
-@pytest.mark.parametrize("step, warmup, minutes", [
-    (2, 4, "1.3 min left, warm-up  L_percp"),   # 3 s a step: 2 such, and 6 four times as long
-    (4, 4, "0.3 min left  L_percp"), (6, 4, "0.2 min left  L_percp"),
-    (2, 20, "0.4 min left, warm-up  L_percp")])  # 8 such, and then it ends
-def test_the_time_left_reckons_with_the_end_of_the_warm_up(step, warmup, minutes, monkeypatch,
-                                                           capsys):
-    rows = []
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: 106.0))
-    config = tiny(steps=10, warmup=warmup)
-    report = SimpleNamespace(config=config, nets=train.Networks(config, "cpu"), step=step, count=2,
-                             since=100.0, terms={"L_percp": [torch.tensor(1.0), torch.tensor(2.0)]},
-                             append=lambda name, row: rows.append(row))
-    train.Report.log(report, train.Report.means(report))
-    assert capsys.readouterr().out == f"step {step}  0.7 images/s  about {minutes} 1.5\n"
-    assert rows == [{"step": step, "images_per_s": pytest.approx(4 / 6), "L_percp": 1.5}]
-
-
+@pytest.mark.parametrize("warmup, left", [  # a step of a minute, four once D_I and D_g play
+    (3, ["10.0 min left, warm-up", "9.0 min left, warm-up", "1.0 min left", "0.0 min left"]),
+    (9, [f"{n}.0 min left, warm-up" for n in (4, 3, 1)] + ["0.0 min left"])])
 def test_speed_and_means_are_of_the_steps_since_the_last_line_without_validation(
-        tmp_path, monkeypatch):
-    clock = [100.0]
+        warmup, left, tmp_path, monkeypatch, capsys):
+    clock = torch.tensor(100.0)
 
-    def three_seconds(*given):
-        clock[0] += 3
-        return {"L": torch.tensor(clock[0])}
-
-    def a_minute(report):
-        clock[0] += 60
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock[0],
+    def a_minute(*given):
+        return {"L": clock.add_(60)}  # as a CUDA graph, to the same place each time
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=clock.item,
                                                        strftime=time.strftime))
-    monkeypatch.setattr(train, "training_step", three_seconds)
+    monkeypatch.setattr(train, "training_step", a_minute)
     monkeypatch.setattr(train.Report, "validate", a_minute)
-    run_training(tmp_path, "--steps", "6", "--log-every", "2", "--val-every", "4", "--batch", "2")
+    run_training(tmp_path, "--steps", "5", "--log-every", "2", "--val-every", "4",
+                 "--warmup", str(warmup))
     rows = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
-    assert [row["images_per_s"] for row in rows] == pytest.approx([2 / 3] * 4)
-    assert [row["L"] for row in rows] == [103, 106, 110.5, 176.5]  # steps 1, 2, 3-4, 5-6
-
-
-def test_what_is_logged_is_a_mean_of_copies(tmp_path, monkeypatch):
-    # A CUDA graph writes each step's terms to the same place.
-    place, step = {"L": torch.zeros(())}, train.training_step
-
-    def in_one_place(*given):
-        step(*given)
-        place["L"] += 1
-        return place
-    monkeypatch.setattr(train, "training_step", in_one_place)
-    run_training(tmp_path, "--steps", "5", "--log-every", "4", "--val-every", "9")
-    assert [row["L"] for row in table(tmp_path / "log.jsonl")] == [1.0, 3.0, 5.0]  # 2, 3, 4
+    assert [row["images_per_s"] for row in rows] == pytest.approx([2 / 60] * 4)
+    assert [row["L"] for row in rows] == [160, 220, 310, 460]  # steps 1, 2, 3-4, 5
+    assert re.findall("about (.*)  L ", capsys.readouterr().out) == left
 
 
 def one_step(nets, config, device, step):
@@ -2008,15 +1745,14 @@ def test_what_cannot_be_recorded_says_what_to_do(monkeypatch):
         step(*torch.zeros(3, 1), "plain")
 
 
-@pytest.mark.parametrize("given", ["cuda", "cuda:1"])
-def test_the_gpu_is_chosen_by_its_number(given, monkeypatch):
+def test_the_gpu_is_chosen_by_its_number(monkeypatch):
     # set_device refuses "cuda" alone. A network's weights know where they are.
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device))
     where = torch.device("cuda:1")
     weight = SimpleNamespace(device=where)
     nets = SimpleNamespace(G=SimpleNamespace(parameters=lambda: iter([weight])))
-    arguments = SimpleNamespace(device=given, graph=False)
+    arguments = SimpleNamespace(device="cuda", graph=False)
     report = SimpleNamespace(finish=lambda: None)
     train.train(tiny(steps=3), arguments, nets, report, None, 3)
     assert [device.index for device in chosen] == [1]
@@ -2029,15 +1765,6 @@ def test_a_checkpoint_of_a_gpu_goes_on_here_with_this_devices_options(tmp_path):
         content[name]["param_groups"][0] |= {"lr": torch.tensor(0.5), "capturable": True}
     torch.save(content, path)
     flags = ["--resume", str(path), "--steps", "4", "--device", "cpu"]
-    nets = train.Networks(train.prepare(flags)[1], "cpu")
-    nets.load(hallusr.load_checkpoint(path), path)
-    for name in ("opt_G", "opt_D"):
-        optimizer, state = getattr(nets, name), content[name]["state"]
-        group = optimizer.param_groups[0]
-        assert (group["lr"], group["betas"], group["capturable"]) == (2e-3, (0.0, 0.9), False)
-        for i, weight in enumerate(group["params"]):
-            for key, value in optimizer.state[weight].items():
-                assert torch.equal(value, state[i][key])
     train.main(flags)
     whole, found = torch.load(tmp_path / "whole/last.pt"), torch.load(path)
     for name in ("generator", "G", "D_I", "D_g"):
@@ -2190,15 +1917,8 @@ def test_settings_reach_the_networks():
 
 
 def test_adam_has_the_betas_of_section_4_1():
-    nets = train.Networks(tiny(learning_rate_g=1e-2, learning_rate_d=1e-2), "cpu")
-    for optimizer in (nets.opt_G, nets.opt_D):
-        weight = optimizer.param_groups[0]["params"][0]
-        # No momentum; 0.9: squares 0.1, then 0.9 * 0.1 + 0.1 * 4 = 0.49, over 1 - 0.9^2 = 0.19.
-        for slope, rates in ((1.0, 1.0), (2.0, 2 / math.sqrt(0.49 / 0.19))):
-            old, weight.grad = weight.detach().clone(), torch.full_like(weight, slope)
-            optimizer.step()
-            expected = torch.full_like(weight, 1e-2 * rates)
-            torch.testing.assert_close(old - weight.detach(), expected, rtol=1e-3, atol=1e-6)
+    nets = train.Networks(tiny(), "cpu")
+    assert [one.param_groups[0]["betas"] for one in (nets.opt_G, nets.opt_D)] == [(0.0, 0.9)] * 2
 
 
 def test_logits_and_r1_are_float32_under_bfloat16(monkeypatch):
@@ -2242,18 +1962,12 @@ def test_a_photos_centre_is_cropped_and_shrunk_as_pillow_does(tmp_path):
     assert (found - expected).abs().max() <= 2
 
 
-def test_lr_psnr_is_summed_up_by_its_errors():
-    rows = {"SR": {"psnr": torch.ones(2), "lr_psnr": torch.tensor([20.0, math.inf])}}
-    found = sample.summarize(rows)
-    assert found["SR"]["lr_psnr"] == pytest.approx(23.0103, abs=1e-3)  # half the error of 20 dB
-
-
-def load_names(folder, *flags):
+def load_names(folder, *flags, name=lambda path: path.name):
     """The names of the photos that --data FOLDER trains on, and of those held out."""
     kept = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "read_photos",
-                      lambda paths, size: kept.append({path.name for path in paths}))
+                      lambda paths, size: kept.append(set(map(name, paths))))
         arguments, _, _ = train.prepare(["--data", str(folder), *flags])
         train.load_faces(arguments, tiny())
     return kept
@@ -2279,16 +1993,6 @@ def test_faces_to_validate_on_come_from_the_whole_folder(tmp_path):
     words = "--val", str(tmp_path / "val"), "--val-faces", "4"
     _, held_out = load_names(tmp_path / "mine", *words)
     assert held_out == {"0.png", "2.png", "4.png", "6.png"}
-
-
-def test_a_folder_that_moves_holds_out_the_same_photos(tmp_path):
-    kept = []
-    for place in ("here", "else/where"):
-        (tmp_path / place).mkdir(parents=True)
-        for i in range(60):
-            (tmp_path / place / f"{i}.png").touch()
-        kept.append(load_names(tmp_path / place))
-    assert kept[0] == kept[1]
 
 
 def test_photos_to_validate_on_and_grids_of_runs_are_not_trained_on(tmp_path):
@@ -2328,43 +2032,13 @@ def patch_of(path, colour=None, **options):
     return found[:, 0, 0].tolist()
 
 
-def display_p3():
-    """The profile of a phone's photos, made of published primaries, white D50-adapted."""
-    def s15(value):
-        return struct.pack(">i", round(value * 65536))
-    columns = {"rXYZ": (0.51512, 0.2412, -0.00105), "gXYZ": (0.29198, 0.69225, 0.04189),
-               "bXYZ": (0.1571, 0.06657, 0.78407), "wtpt": (0.9642, 1.0, 0.8249)}
-    tags = {name: b"XYZ " + bytes(4) + b"".join(map(s15, values))
-            for name, values in columns.items()}
-    curve = b"para" + bytes(4) + struct.pack(">HH", 3, 0) + b"".join(map(s15, (
-        2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)))
-    tags |= {name: curve for name in ("rTRC", "gTRC", "bTRC")}
-    text = "P3".encode("utf-16-be")
-    tags["desc"] = b"mluc" + bytes(4) + struct.pack(">II2sHII", 1, 12, b"en", 0x5553, len(text),
-                                                    28) + text
-    tags["cprt"] = tags["desc"]
-    table, data, offset = b"", b"", 128 + 4 + 12 * len(tags)
-    for name, content in tags.items():
-        content += bytes(-len(content) % 4)
-        table += struct.pack(">4sII", name.encode(), offset + len(data), len(content))
-        data += content
-    size = offset + len(data)
-    head = struct.pack(">I4sI4s4s4s", size, bytes(4), 0x04000000, b"mntr", b"RGB ", b"XYZ ")
-    head += bytes(12) + b"acsp" + bytes(28) + s15(0.9642) + s15(1) + s15(0.8249)
-    return head.ljust(128, bytes(1)) + struct.pack(">I", len(tags)) + table + data
-
-
 def test_a_photo_with_a_colour_profile_is_converted_to_srgb(tmp_path, capsys):
-    # By hand: linear light, Display P3's primaries to sRGB's, and back to a curve.
-    to_linear = lambda v: ((v + 0.055) / 1.055) ** 2.4 if v > 0.04045 else v / 12.92
-    to_curve = lambda v: 1.055 * v ** (1 / 2.4) - 0.055 if v > 0.0031308 else 12.92 * v
-    matrix = torch.tensor([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0],
-                           [-0.0197, -0.0786, 1.0979]])
-    for colour in ((180, 140, 110), (90, 120, 200), (128, 128, 128)):
-        light = torch.tensor([to_linear(v / 255) for v in colour])
-        expected = [255 * to_curve(v.item()) for v in matrix @ light]
-        found = patch_of(tmp_path / "phone.png", colour, icc_profile=display_p3())
-        assert found == pytest.approx(expected, abs=1.0)
+    # sRGB's own, but that its red is our green, its green our blue and its blue our red.
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for old, new in zip((b"rXYZ", b"gXYZ", b"bXYZ", b"last"), (b"last", b"rXYZ", b"gXYZ", b"bXYZ")):
+        profile = profile.replace(old, new)
+    found = patch_of(tmp_path / "phone.png", (180, 140, 110), icc_profile=profile)
+    assert found == pytest.approx([110, 180, 140], abs=1)
     assert patch_of(tmp_path / "bad.png", (180, 140, 110), icc_profile=b"none") == [180, 140, 110]
     assert "bad.png: its colour profile is not used" in capsys.readouterr().out
 
@@ -2433,8 +2107,6 @@ def test_a_folder_that_can_not_be_read_is_named_and_not_passed_over(tmp_path, mo
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(PermissionError, match="a/locked"):
         sample.list_photos(tmp_path / "a")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        sample.list_photos(tmp_path / "nowhere")
 
 
 def test_a_photo_is_held_out_or_not_however_its_path_is_spelt():
@@ -2495,14 +2167,6 @@ def test_spoiled_weights_replace_no_good_checkpoint(tmp_path):
     assert path.read_bytes() == good
 
 
-def test_a_wrapped_generator_is_refused(tmp_path):
-    class Wrapper(torch.nn.Module):
-        settings = {}
-    with pytest.raises(ValueError, match="expected a Generator, got a Wrapper: pass the module"):
-        hallusr.save_checkpoint(tmp_path / "x.pt", Wrapper())
-    assert not list(tmp_path.iterdir())
-
-
 def test_scripts_run_without_docstrings(tmp_path):
     done = subprocess.run([sys.executable, "-OO", str(HERE / "train.py"), "--help"],
                           capture_output=True, text=True, timeout=120)
@@ -2541,24 +2205,22 @@ def test_a_run_without_weights_of_lpips_ends_before_it_trains(empty_cache, tmp_p
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_ctrl_c_saves_where_it_ends_the_reader_too(tmp_path):
+def start(script, *words, **options):
+    """The script in a process of its own, still running."""
+    return subprocess.Popen([sys.executable, str(HERE / script), *words], text=True, **options,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("pressed", [[], [signal.SIGINT]])  # as of `| head`; as of `| tee`, Ctrl-C
+def test_a_reader_that_leaves_ends_a_run_that_is_saved(pressed, tmp_path):
     words = shlex.split(f"{TINY_FLAGS} --steps 100000 --log-every 1 --val-every 100000")
     process = start("train.py", *words, "--out", str(tmp_path))
     while not process.stdout.readline().startswith("step 1 "):
         assert process.poll() is None
-    process.stdout.close()  # as of `| tee`, which Ctrl-C reaches before the step is over
-    process.send_signal(signal.SIGINT)
-    process.wait(timeout=120)
-    assert "Traceback" not in process.stderr.read()
-    assert torch.load(tmp_path / "last.pt")["step"] >= 1
-
-
-def test_a_reader_that_leaves_ends_a_run_that_is_saved(tmp_path):
-    words = shlex.split(f"{TINY_FLAGS} --steps 100000 --log-every 1 --val-every 100000")
-    process = start("train.py", *words, "--out", str(tmp_path))
-    while not process.stdout.readline().startswith("step 1 "):
-        assert process.poll() is None
-    process.stdout.close()  # as of `| head`: the next line finds no reader
+    process.stdout.close()  # the next line finds no reader
+    for number in pressed:
+        process.send_signal(number)
     assert process.wait(timeout=120) == 1 and process.stderr.read() == ""
     assert torch.load(tmp_path / "last.pt")["step"] >= 1
 
@@ -2590,36 +2252,13 @@ def test_programs_compute_float32_with_all_its_digits_on_a_gpu(monkeypatch):
     assert found == [False]
 
 
-def test_a_full_disk_is_named_and_leaves_no_half_checkpoint(tmp_path, monkeypatch):
-    def full(content, path, *_):
-        Path(path).write_bytes(b"half")
+def test_a_full_disk_takes_the_picture_not_the_checkpoint(tmp_path, monkeypatch):
+    def full(*_):
         raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_image", full)
-        with pytest.raises(OSError, match="No space left"):
-            run_training(tmp_path / "a")
-        assert torch.load(tmp_path / "a/last.pt")["step"] == 2  # written before the picture
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=f"could not write {tmp_path}/b/last.pt: .*No space left"):
-        run_training(tmp_path / "b")
-    assert not list((tmp_path / "b").glob("*.pt*"))
-
-
-def test_a_run_goes_on_from_its_newest_checkpoint_in_its_own_folder(tmp_path):
-    run_training(tmp_path)
-    shutil.copy(tmp_path / "last.pt", tmp_path / "best.pt")
-    with pytest.raises(ValueError, match="--resume takes a run's last.pt, got .*best.pt"):
-        train.main(["--resume", str(tmp_path / "best.pt"), "--steps", "3"])
-    with pytest.raises(ValueError, match="no --preset, --init or --out"):
-        train.main(["--resume", str(tmp_path / "last.pt"), "--out", str(tmp_path / "new")])
-
-
-def test_the_log_starts_at_step_1_and_the_warm_up_is_spoken_of(tmp_path, capsys):
-    run_training(tmp_path / "run", "--warmup", "3", "--log-every", "100")
-    printed = capsys.readouterr().out
-    assert re.search(r"^step 1 .* min left, warm-up  L_percp", printed, re.M)
-    run_training(tmp_path / "more", "--steps", "3", "--log-every", "100", "--val-every", "100")
-    assert re.findall(r"^step (\d+) ", capsys.readouterr().out, re.M) == ["1", "3"]
+    monkeypatch.setattr(train, "save_image", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_training(tmp_path)
+    assert torch.load(tmp_path / "last.pt")["step"] == 2  # written before the picture
 
 
 def test_a_resumed_run_takes_the_rate_of_its_step(tmp_path):
@@ -2629,22 +2268,16 @@ def test_a_resumed_run_takes_the_rate_of_its_step(tmp_path):
     assert rate == pytest.approx(2e-3 * 0.1 ** 0.75)  # three of four steps are over
 
 
-def test_a_step_that_asks_the_device_is_found(monkeypatch):
-    config = tiny()
-    monkeypatch.setattr(train, "diversity_loss", lambda g1, *_: g1.mean().item())
-    with pytest.raises(RuntimeError, match="item"):
-        one_step(networks_on_meta(config, monkeypatch), config, "meta", 1)
-
-
-def test_photos_of_one_name_in_many_folders_are_split(tmp_path):
-    for i in range(40):  # each in a folder of its own, as some collections come
-        (tmp_path / f"{i}").mkdir()
-        (tmp_path / f"{i}/face.png").touch()
+def test_photos_of_one_name_are_split_and_alike_wherever_their_folder_is(tmp_path):
     kept = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "read_photos", lambda paths, size: kept.append(set(paths)))
-        train.load_faces(train.prepare(["--data", str(tmp_path)])[0], tiny())
-    assert 0 < len(kept[1]) < 10 and len(kept[0] | kept[1]) == 40 and not kept[0] & kept[1]
+    for place in ("here", "else/where"):
+        for i in range(60):  # each in a folder of its own, as some collections come
+            (tmp_path / place / f"{i}").mkdir(parents=True)
+            (tmp_path / place / f"{i}/face.png").touch()
+        kept.append(load_names(tmp_path / place, name=lambda path: path.parent.name))
+    (trained, held_out), again = kept
+    assert [trained, held_out] == again and not trained & held_out
+    assert 1 < len(held_out) < 15 and len(trained | held_out) == 60
 
 
 def test_a_run_knows_its_photos_from_anywhere(tmp_path, monkeypatch, capsys):
@@ -2660,15 +2293,6 @@ def test_a_run_knows_its_photos_from_anywhere(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     train.main(["--resume", str(tmp_path / "run/last.pt"), "--steps", "3", "--device", "cpu"])
     assert "4 faces of 16x16 to train on, 3 to" in capsys.readouterr().out
-
-
-def test_a_file_that_does_not_name_fine_blocks_has_none(tmp_path):
-    G = Generator(**G4)
-    del G.settings["fine_blocks"]
-    hallusr.save_checkpoint(tmp_path / "older.pt", G)
-    loaded = hallusr.load_generator(tmp_path / "older.pt")
-    assert loaded.settings["fine_blocks"] == 0
-    assert torch.equal(loaded.first_conv.weight, G.first_conv.weight)
 
 
 def settings_of(words):
@@ -2834,13 +2458,6 @@ def test_a_cpu_computes_in_float32_unless_asked():
     assert train.prepare(["--device", "cpu"])[0].amp is None
 
 
-def start(script, *words, **options):
-    """The script in a process of its own, still running."""
-    return subprocess.Popen([sys.executable, str(HERE / script), *words], text=True, **options,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
-
-
 def test_sigterm_ends_a_run_well(tmp_path):
     words = shlex.split(f"{TINY_FLAGS} --steps 100000 --log-every 1 --val-every 100000")
     process = start("train.py", *words, "--out", str(tmp_path))
@@ -2951,50 +2568,27 @@ def test_flags_of_sampling_do_what_they_say(workplace, monkeypatch, capsys):
     assert not torch.equal(plain["hallucination_1"], plain["sr"])
 
 
-def test_samples_of_another_model_or_seed_do_not_stay_among_new_ones(
-        workplace, monkeypatch, capsys):
-    sampled(workplace, monkeypatch, capsys, "--samples 3 --walk")
-    (workplace / "flags/small/mine.png").write_bytes((workplace / "small.png").read_bytes())
-    names = set(sampled(workplace, monkeypatch, capsys, "--samples 1"))
-    assert names == {"grid", "lr", "sr", "hallucination_1", "mean", "std", "mine"}
-    assert not (workplace / "flags/small/walk.gif").exists()
-
-
-def test_samples_never_touch_what_is_not_theirs(workplace, monkeypatch, capsys):
-    monkeypatch.chdir(workplace)
-    (workplace / "lr").mkdir()
-    shutil.copy(workplace / "small.png", workplace / "lr/lr.png")
-    before = (workplace / "lr/lr.png").read_bytes()
-    words = ["lr/lr.png", "--lr", "--checkpoint", "runs/photos/last.pt", "--samples", "11"]
-    with pytest.raises(ValueError, match="/lr holds something else than results of .*lr/lr.png"):
-        sample.main(words + ["--out", "."])
-    assert (workplace / "lr/lr.png").read_bytes() == before
-    (workplace / "own/lr").mkdir(parents=True)
-    for name in ("hallucination_x.png", "hallucination_3.png"):
-        (workplace / "own/lr" / name).touch()
-    with pytest.raises(ValueError, match="own/lr holds something else"):
-        sample.main(words + ["--out", "own"])
-    assert len(list((workplace / "own/lr").iterdir())) == 2
-    (workplace / "own/lr/source.txt").write_text(str(workplace / "lr/lr.png"))
-    sample.main(words + ["--out", "own"])
-    names = sorted(path.name for path in (workplace / "own/lr").glob("hallucination_*"))
-    assert names == [f"hallucination_{k:02}.png" for k in range(1, 12)] + ["hallucination_x.png"]
-
-
-def test_photos_of_one_name_do_not_replace_each_others_results(workplace, monkeypatch, capsys):
-    for folder in ("n1", "n2"):
-        (workplace / folder).mkdir()
-        save_image(torch.rand(3, 8, 8), workplace / folder / "one.png")
-    words = "python sample.py {}/one.png --lr --checkpoint runs/photos/last.pt --out shared"
-    run_here(words.format("n1"), workplace, monkeypatch, capsys)
-    before = (workplace / "shared/one/grid.png").read_bytes()
-    with pytest.raises(ValueError, match="shared/one holds something else than results of "
-                                         ".*n2/one.png: name another --out"):
-        run_here(words.format("n2"), workplace, monkeypatch, capsys)
-    assert (workplace / "shared/one/grid.png").read_bytes() == before
-    run_here(words.format("./n1/../n1") + " --seed 1", workplace, monkeypatch, capsys)
-    assert (workplace / "shared/one/grid.png").read_bytes() != before
-    assert (workplace / "shared/one/source.txt").read_text() == str(workplace / "n1/one.png")
+def test_samples_replace_their_photos_own_and_touch_nothing_else(workplace, monkeypatch, capsys):
+    for name in ("n1/one.png", "n2/one.png", "n1/two.png"):
+        (workplace / name).parent.mkdir(exist_ok=True)
+        shutil.copy(workplace / "small.png", workplace / name)
+    folder, foreign = workplace / "shared/one", workplace / "shared/two"
+    foreign.mkdir(parents=True)
+    words = "python sample.py {} --lr --checkpoint runs/photos/last.pt --out shared --samples "
+    run_here(words.format("n1/one.png") + "3 --walk", workplace, monkeypatch, capsys)
+    for name in ("mine.png", "hallucination_x.png"):
+        (folder / name).touch()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for other in ("n2/one.png", "n1/two.png"):
+        with pytest.raises(ValueError, match=f"/{other[3:6]} holds something else than results of "
+                                             f".*{other}: name another --out"):
+            run_here(words.format(other) + "2", workplace, monkeypatch, capsys)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert not list(foreign.iterdir())
+    run_here(words.format("./n2/../n1/one.png") + "11", workplace, monkeypatch, capsys)
+    assert {path.name for path in folder.glob("hallucination_*")} == {
+        "hallucination_x.png", *(f"hallucination_{k:02}.png" for k in range(1, 12))}
+    assert (folder / "mine.png").exists() and not (folder / "walk.gif").exists()
 
 
 def test_a_name_of_dots_leads_nowhere_else(workplace):
@@ -3061,13 +2655,10 @@ def test_realism_is_measured_against_others_spread_over_their_folder(workplace, 
      "is 64x70 pixels, expected at least 128x128"),
     ("python train.py --data empty --perceptual pixels --no-d-features",
      "expected at least 2 images below .*empty, found 0"),
-    ("python train.py --scale 3", "power of two.*got 3"),
-    ("python train.py --preset paper --resume runs/photos/last.pt", "no --preset"),
     ("python train.py --resume no/last.pt", "No such file or directory: '/.*no/last.pt'"),
     ("python sample.py photos --checkpoint runs/photos/last.pt", "photos cannot be read"),
     ("python sample.py --lr --checkpoint runs/photos/last.pt", "--lr goes with images"),
     ("python sample.py me.jpg --lr --checkpoint runs/photos/last.pt", "80x70 pixels, LR has 32"),
-    ("python sample.py --evaluate photos --others val/../photos", "--others names the same folder"),
     ("python sample.py --evaluate photos --others .", "--others names the same folder"),
 ])
 def test_mistakes_are_named(command, words, workplace, monkeypatch, capsys):
