@@ -196,7 +196,7 @@ def score(image: torch.Tensor, hr: torch.Tensor, lr: torch.Tensor, lpips=None) -
 def summarize(rows: dict) -> dict:
     """Means of `evaluate` over images, as plain numbers.
 
-    "spread": spread / error, 1 is right. Where all is exact, dB count as 100.
+    "spread": spread / error, 1 is right. Exact images count as 100 dB.
     """
     summary = {}
     for row, metrics in rows.items():
