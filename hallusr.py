@@ -761,8 +761,7 @@ def save_checkpoint(path: str | Path, generator: nn.Module, **training):
     """
     require(isinstance(generator, Generator), "expected a Generator, got a "
             f"{type(generator).__name__}: pass the module that it wraps")
-    require(all(weight.isfinite().all() for weight in generator.state_dict().values()),
-            f"weights became NaN or infinite; {path} is as it was")
+    require_finite(generator, f"{path} stays as it was")
     content = {"hallusr": 4, "settings": generator.settings,
                "generator": generator.state_dict()}
     target = os.path.realpath(path)  # a link stays one: what it points to is written
@@ -809,9 +808,7 @@ def load_weights(module: nn.Module, state: dict, path: str | Path):
     except (RuntimeError, TypeError) as error:
         first = str(error).splitlines()[-1].strip()
         raise ValueError(f"{path} holds another architecture: {first}") from error
-    for name, weight in module.state_dict().items():
-        if not weight.isfinite().all():
-            raise ValueError(f"{path} is spoiled: {name} holds NaN or infinity")
+    require_finite(module, f"{path} is spoiled")
 
 
 def pretrained_features(build, weights, end: int) -> nn.Sequential:
@@ -832,6 +829,12 @@ def require(condition: bool, message: str):
     """Raise ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_finite(module: nn.Module, verdict: str):
+    """Raise ValueError, naming it, for a weight that is NaN or infinite."""
+    for name, weight in module.state_dict().items():
+        require(weight.isfinite().all(), f"{verdict}: {name} holds NaN or infinity")
 
 
 def require_floats(x: torch.Tensor, name: str = "image", bounded: bool = False):

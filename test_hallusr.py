@@ -552,11 +552,19 @@ def vgg_by_hand(features, x, blocks):
     return found
 
 
+def beside_vgg_by_hand(features, pictures):
+    """Two resolutions of an image, each with the layer of VGG-16 that is as large."""
+    first, second = vgg_by_hand(features, pictures[1], 2)
+    return [torch.cat([pictures[0], second], 1), torch.cat([pictures[1], first], 1)]
+
+
 def test_perceptual_loss_against_plain_convolutions(random_weights):
     loss, sr, hr = PerceptualLoss("relu2_2"), images(2, 3, 16, 16), images(2, 3, 16, 16)
     phi_sr, phi_hr = (vgg_by_hand(loss.features, x, 2)[1] for x in (sr, hr))
     torch.testing.assert_close(loss(sr, hr), (phi_sr - phi_hr).abs().mean())
-    assert not any(p.requires_grad for p in loss.parameters())
+    assert loss(hr, hr) == 0 and not any(p.requires_grad for p in loss.parameters())
+    step = sr - 1e-2 * slope(lambda x: loss(x, hr), sr).sign()
+    assert loss(step, hr) < loss(sr, hr)
 
 
 # ---- Metrics ----------------------------------------------------------------------------------
@@ -1251,11 +1259,8 @@ def test_a_step_of_both_players_goes_down_their_losses(step, every, times, beta,
     real["gradient"] = [edges(picture) for picture in real["image"]]
     l_z = pairs_apart(h1, h2, z1, z2)
     config = replace(config, tau=l_z.mean().item())  # one of the two is cut
-
-    def vgg(pictures):
-        first, second = vgg_by_hand(nets.phi.features, pictures[1], 2)
-        return [torch.cat([pictures[0], second], 1), torch.cat([pictures[1], first], 1)]
-    shown = {"image": vgg if features else list, "gradient": list}
+    vgg = partial(beside_vgg_by_hand, nets.phi.features) if features else list
+    shown = {"image": vgg, "gradient": list}
     Ds = {"image": nets.D_I, "gradient": nets.D_g}
     before, calls = bare_copies(nets), []
     hook = nets.D_I.register_forward_hook(lambda _, __, logits: calls.append(len(logits)))
@@ -2162,7 +2167,7 @@ def test_spoiled_weights_replace_no_good_checkpoint(tmp_path):
     hallusr.save_checkpoint(path, generator)
     good = path.read_bytes()
     generator.first_conv.bias.data[3] = math.inf
-    with pytest.raises(ValueError, match="weights became NaN or infinite; .*last.pt is as it was"):
+    with pytest.raises(ValueError, match="last.pt stays as it was: first_conv.bias holds NaN or"):
         hallusr.save_checkpoint(path, generator)
     assert path.read_bytes() == good
 
