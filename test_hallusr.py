@@ -2329,13 +2329,6 @@ def test_a_preset_is_a_column_and_every_setting_a_flag(capsys):
     assert ended.value.code == 0 and "--z-shared" in capsys.readouterr().out
 
 
-def test_the_table_of_settings_in_PAPER_md_is_the_one_in_train():
-    text = (HERE / "assets/PAPER.md").read_text()
-    found = [[cell.strip(" `") for cell in line.strip("|").split("|")]
-             for line in text[text.index("| setting |"):].splitlines()[2:]]
-    assert found == [[str(cell) for cell in row[:5]] for row in train.SETTINGS]
-
-
 @pytest.mark.parametrize("words, warmup", [
     ("--data x", 3000), ("--data x --steps 5000", 2500), ("--data x --steps 300", 150),
     ("--data x --steps 300 --warmup 300", 300), ("--steps 900", 450), ("", 500)])
