@@ -71,6 +71,17 @@ def upscale_nearest(x: torch.Tensor, factor: int) -> torch.Tensor:
     return fn.interpolate(x, size, mode="nearest-exact")
 
 
+def scale_between(image: torch.Tensor, lr: torch.Tensor) -> int:
+    """The factor from lr's size to image's. Raises ValueError when there is none."""
+    require_images(image, channels=3)
+    require_images(lr, "lr", channels=3)
+    factor = image.shape[-1] // lr.shape[-1]
+    require(image.shape == (lr.shape[0], 3, lr.shape[-2] * factor, lr.shape[-1] * factor),
+            "there must be one image for each lr, its sides one multiple of lr's, got "
+            f"{tuple(image.shape)} and {tuple(lr.shape)}")
+    return factor
+
+
 def pyramid(x: torch.Tensor, resolutions: int) -> list[torch.Tensor]:
     """An image at every resolution, coarse to fine, as G makes them. Needs: downscale."""
     return [downscale(x, 2 ** level) for level in reversed(range(resolutions))]
@@ -871,17 +882,6 @@ def require_samples(samples: torch.Tensor, truth: torch.Tensor):
             f"got {tuple(samples.shape)} and {tuple(truth.shape)}")
     require_floats(truth, "truth", bounded=True)
     require(samples.isfinite().all(), "samples hold NaN or infinity")
-
-
-def scale_between(image: torch.Tensor, lr: torch.Tensor) -> int:
-    """The factor from lr's size to image's. Raises ValueError when there is none."""
-    require_images(image, channels=3)
-    require_images(lr, "lr", channels=3)
-    factor = image.shape[-1] // lr.shape[-1]
-    require(image.shape == (lr.shape[0], 3, lr.shape[-2] * factor, lr.shape[-1] * factor),
-            "there must be one image for each lr, its sides one multiple of lr's, got "
-            f"{tuple(image.shape)} and {tuple(lr.shape)}")
-    return factor
 
 
 def check_architecture(width: int, scale: int, blocks: int):
