@@ -38,8 +38,8 @@ from sample import (contact_sheet, count, directions_found, evaluate, evenly, fi
 # ---- Settings: a line each -----------------------------------------------------------
 
 # --preset chooses a column: the paper's; photos, with --data; drawn, without. The
-# section is where the paper gives the value, or leaves no room for another; "open"
-# where it is silent, and the value under "paper" is ours too. Reasons: assets/PAPER.md.
+# section is where the paper fixes the value, if only by omission; "open" where any
+# would do, and that under "paper" is ours too. Reasons: assets/PAPER.md.
 SETTINGS = [
     # name               paper  photos drawn  section   meaning
     ("size",             64,    64,    32,    "open",   "side of the large image, pixels"),
@@ -230,8 +230,8 @@ def update(optimizer, loss: torch.Tensor):
     """One step of one player down its loss."""
     weights = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
-    # The other player's weights get no slope, and D's backward pass ends before it
-    # reaches G: so G's own can follow without a second forward pass.
+    # The other player's weights get no slope, and D's backward pass stops short of G,
+    # whose own can then follow without a second forward pass.
     loss.backward(inputs=weights)
     optimizer.step()
 
