@@ -38,8 +38,8 @@ from sample import (contact_sheet, count, directions_found, evaluate, evenly, fi
 # ---- Settings: a line each -----------------------------------------------------------
 
 # --preset chooses a column: the paper's; photos, with --data; drawn, without. The
-# section is where the paper fixes the value, if only by omission; "open" where any
-# would do, and that under "paper" is ours too. Reasons: assets/PAPER.md.
+# section is where the paper fixes the value, if only by omission; "open" where it does
+# not, and that under "paper" is ours too. Reasons: assets/PAPER.md.
 SETTINGS = [
     # name               paper  photos drawn  section   meaning
     ("size",             64,    64,    32,    "open",   "side of the large image, pixels"),
